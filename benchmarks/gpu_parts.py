@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import BusigenError, CapacityError
-from busigen.registry import PROVIDERS, RESOLUTION
+from busigen.registry import MIN_BATCH, PROVIDERS, RESOLUTION
 from busigen.runtime.backends.base import Backend, EngineOptions, open_backend
 from busigen.runtime.backends.bundle import Bundle
 from busigen.runtime.backends.probe import probe
-from busigen.runtime.sampling.sampler import MIN_BATCH, Sampler
+from busigen.runtime.sampling.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (64, 256, 16, 1, 128, 4, 32, 2, 8)

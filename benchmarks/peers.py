@@ -46,7 +46,7 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.probe import peak_memory
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.noise import normal
 from busigen.runtime.sampling.sampler import Sampler
 

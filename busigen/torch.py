@@ -104,7 +104,7 @@ class PairStream(IterableDataset[Any]):
         is as in `busigen.generate`, whose pairs are those of epoch 0. Every DataLoader worker opens an engine of its
         own; without ``threads``, they share the cores.
         """
-        made = source_options(options)
+        made = source_options(options, ("count", "first", "transform", "rank", "ranks"))
         indices_of(count, first, made.seed)
         stream = cls.__new__(cls)
         stream._set_up(_Drawn(made, count, first), transform, rank, ranks)

@@ -240,11 +240,21 @@ def test_generate_has_the_pairs_of_the_command(tmp_path: Path) -> None:
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"healthy": "nowhere"}, "--healthy nowhere is no folder"),
         ({"bundle": "nowhere"}, "nowhere"),
+        ({"cuont": 3}, "no option 'cuont'. Did you mean count?"),
+        ({"batchsize": 3}, "no option 'batchsize'. Did you mean batch_size?"),
+        ({"shard_size": 3}, "no option 'shard_size'"),
     ],
 )
 def test_an_unfit_option_is_refused_at_once(options: dict[str, Any], named: str) -> None:
     with pytest.raises(busigen.BusigenError, match=named):
         busigen.generate(**options)
+
+
+def test_a_misspelt_option_of_what_writes_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no option 'shardsize'.*shard_size"):
+        busigen.write(tmp_path / "out", 3, shardsize=3)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"no option 'background'.*backgrounds"):
+        busigen.grid(tmp_path / "out", "class", background=3)  # type: ignore[call-arg]
 
 
 def test_prepare_gives_an_object(synthetic_busi: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def test_a_dataset_of_own_masks_is_proven_replayed_and_mended_and_workers_change
     assert table["given_mask_sha256"].n_unique() == 4
     whole = hashes(out)
 
-    proven = run("verify", out, *folders)
+    command = shlex.split(done.stdout.split("check with: ")[1])
+    assert sorted(command) == sorted(map(str, ("busigen", "verify", out, *folders)))
+    proven = run(*command[1:])
     assert proven.returncode == 0, proven.stdout
     assert "moved, scaled or mirrored as recorded: 6; not proven: 0" in proven.stdout
     assert "outside the edit region, bit for bit: 6; not proven: 0" in proven.stdout

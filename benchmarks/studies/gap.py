@@ -33,9 +33,9 @@ from busigen.registry import LESION_CLASSES, SYNTHETIC
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.sampling.batching import Draft
-from busigen.runtime.sampling.healthy_images import Healthy
+from busigen.runtime.sampling.graphs import cut, to_unit
+from busigen.runtime.sampling.inputs.healthy_images import Healthy
 from busigen.runtime.sampling.sampler import Sampler
-from busigen.runtime.sampling.windows import cut, to_unit
 
 RESULTS = Path(__file__).parent / "results" / "gap.json"
 BATCH = 8
@@ -65,7 +65,7 @@ def main() -> None:
         "real": lambda drafts: [draft.healthy.pixels for draft in drafts],
         "autoencoded": lambda drafts: autoencoded(backend, drafts),
         # The sampler's own, because what it does with each stage's answer is to be judged, too.
-        "repainted": lambda drafts: sampler._images(0, drafts),
+        "repainted": lambda drafts: sampler.graphs.images(0, drafts),
     }
     report: dict[str, Any] = {
         "sources": [options.train_source, options.held_out_source],

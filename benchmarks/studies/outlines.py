@@ -35,7 +35,7 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling.batching import Draft, DrawRequest, Outcome
 from busigen.runtime.sampling.conditions import SampleConditions, measured, parse_conditions
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.examples import Frames, random_lesion
 

@@ -40,7 +40,7 @@ from busigen.evaluation.realness.classifiers import COARSE, Ridge, Task, auc, fo
 from busigen.evaluation.statistics.grouped import halves
 from busigen.phantoms.distribution import LIMIT, Phantoms, numbers_for
 from busigen.phantoms.tissue import PARAMETERS, values_of
-from busigen.runtime.sampling.backgrounds import phantom_at
+from busigen.runtime.sampling.inputs.backgrounds import phantom_at
 from busigen.runtime.sampling.noise import normal
 
 SPREAD, VARIANCES = 1.2, (0.1, 2.5)
@@ -137,7 +137,7 @@ class Finisher:
     ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Names, and coarse images ``(N, 48, 64)`` of what becomes of phantoms in their frames."""
         from busigen.phantoms.distribution import filled
-        from busigen.runtime.sampling.healthy_images import place_of
+        from busigen.runtime.sampling.inputs.healthy_images import place_of
 
         torch, rng = self.torch, np.random.default_rng((seed, 7))
         places = [place_of(frame[2:]) for frame in frames]
@@ -187,7 +187,7 @@ class Finisher:
     def decoded(self, latents: Any, places: list[Frame], seed: int) -> list[NDArray[np.uint8]]:
         """Images within their frames."""
         from busigen.registry import BACKGROUND_SPECKLE, RESOLUTION
-        from busigen.runtime.sampling.windows import to_grey
+        from busigen.runtime.sampling.graphs import to_grey
 
         torch, found = self.torch, []
         generator = torch.Generator().manual_seed(seed)

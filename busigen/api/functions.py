@@ -6,7 +6,8 @@ then, on standard error. Mistakes raise a `busigen.errors.BusigenError`. docs/py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -71,9 +72,12 @@ class WriteOptions(SampleOptions, total=False):
     spool: Place | None
 
 
-def source_options(options: SampleOptions) -> SourceOptions:
-    """The options as they are typed at the command line; a UsageError where one is unfit."""
-    made = SourceOptions(**typed(options))
+def source_options(options: SampleOptions, own: Collection[str] = ("count", "first")) -> SourceOptions:
+    """The options as they are typed at the command line; a UsageError where one is unfit.
+
+    ``own`` names the arguments that a function has beside them.
+    """
+    made = SourceOptions(**typed(options, SampleOptions.__annotations__, own))
     made.conditions()
     return made
 
@@ -111,7 +115,8 @@ def write(
     Raises what `generate` does, and an OutputError where the place holds something else or cannot be written. Ctrl-C
     ends it with a GenerationInterrupted; whole shards are kept, and the same call continues.
     """
-    made = GenerateOptions(out=place_of(str(out)), count=count, shard_size=shard_size, **typed(options))
+    said = typed(options, WriteOptions.__annotations__, ("count", "shard_size", "progress"))
+    made = GenerateOptions(out=place_of(str(out)), count=count, shard_size=shard_size, **said)
     with _shown(progress) as shown:
         return made.run(shown)
 
@@ -131,7 +136,8 @@ def grid(
     Raises what `write` does.
     """
     levels = vary if isinstance(vary, str) else ",".join(vary)
-    made = GenerateOptions.of_grid(place_of(str(out)), backgrounds, vary=levels, **typed(options))
+    said = typed(options, SampleOptions.__annotations__, ("vary", "backgrounds", "progress"))
+    made = GenerateOptions.of_grid(place_of(str(out)), backgrounds, vary=levels, **said)
     with _shown(progress) as shown:
         return made.run(shown)
 
@@ -253,8 +259,12 @@ def indices_of(count: int | None, first: int, seed: int) -> range:
     return Plan(MAX_COUNT - first if count is None else count, seed, 1, first).span
 
 
-def typed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as they are typed at the command line."""
+def typed(options: Mapping[str, Any], known: Collection[str], own: Collection[str]) -> dict[str, Any]:
+    """Options as they are typed at the command line; a UsageError for one that is not among the ``known``."""
+    if unknown := [name for name in options if name not in known]:
+        near = get_close_matches(unknown[0], (*known, *own), n=1)
+        fix = f"Did you mean {near[0]}?" if near else f"Choose among: {', '.join((*own, *known))}."
+        raise UsageError(f"there is no option {unknown[0]!r}.", fix=fix)
     found = dict(options)
     for name in ("size", "depth", "across", "height_width", "chest_wall"):
         if (value := found.get(name)) is not None and not isinstance(value, str):

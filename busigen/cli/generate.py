@@ -139,7 +139,7 @@ def generate(
     options = GenerateOptions(**{**typed, "out": place})
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
-    for line in report.lines():
+    for line in report.lines(options.given()):
         (stderr if log_json == "-" else stdout).print(line)
 
 

@@ -64,5 +64,5 @@ def grid(
     options = GenerateOptions.of_grid(place, backgrounds, **typed)
     with supervised(place, log_json) as (progress, stop):
         report = options.run(progress, stop)
-    for line in report.lines():
+    for line in report.lines(options.given()):
         (stderr if log_json == "-" else stdout).print(line)

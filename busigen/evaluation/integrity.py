@@ -26,7 +26,7 @@ from busigen.files import atomic_file
 from busigen.records import read_json
 from busigen.registry import SYNTHETIC
 from busigen.runtime.dataset.finalize import outline
-from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.sampling.inputs.healthy_images import Backgrounds
 
 Facts = dict[str, NDArray[np.float64]]  # One number per image, by name; NaN where it has none.
 

@@ -22,6 +22,7 @@ from busigen.runtime.backends.bundle_record import BACKGROUND_DECODER
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import Draft
+from busigen.runtime.sampling.graphs import Floats, Graphs
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.training.networks.build import region_condition
 from busigen.training.networks.inference import Networks, blend_input
@@ -90,8 +91,8 @@ class TorchBackend(Backend):
         return networks.sample(stage, v["noise"], label, *context, *condition, fresh=v.get("fresh"))
 
 
-class RecordingSampler(Sampler):
-    """The runtime's sampler, with every draw carried to its end and what it made on the way kept.
+class RecordingGraphs(Graphs):
+    """The runtime's stages, with every draw carried to its end and what it made on the way kept.
 
     A draw whose outline the gates refuse would leave stages 2 and 3 unproved, so it is painted with a fixed ellipse;
     so are two draws in eight, because a model may draw lesions of one window size alone.
@@ -99,30 +100,32 @@ class RecordingSampler(Sampler):
     With ``forced`` outlines, all draws are painted with those instead of their own.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, label: str, forced: Mapping[int, Mask] | None = None) -> None:
-        super().__init__(bundle, backend, classes={label: 1.0}, batch_size=BATCH)
+    def __init__(self, bundle: Bundle, backend: Backend, forced: Mapping[int, Mask] | None = None) -> None:
+        super().__init__(bundle, backend, BATCH)
         self.forced = forced or {}
         self.painted: dict[int, Mask] = {}
-        self.outlines: dict[int, Mask] = {}
-        self.images: dict[int, NDArray[np.uint8]] = {}
+        self.drawn: dict[int, Mask] = {}
+        self.made: dict[int, NDArray[np.uint8]] = {}
         self.edits: dict[int, Mask] = {}
         self.refused: dict[int, str | None] = {}
 
-    def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
-        for draft, raw in zip(batch, super()._outlines(seed, batch), strict=True):
+    def outlines(self, seed: int, batch: Sequence[Draft], asked: Floats) -> list[Mask]:
+        """See :class:`Graphs`; what is returned is what will be painted."""
+        for draft, raw in zip(batch, super().outlines(seed, batch, asked), strict=True):
             valid = draft.healthy.valid
-            self.outlines[draft.index] = raw
+            self.drawn[draft.index] = raw
             self.refused[draft.index] = quality_gates.mask_reason(raw, largest_component(raw & valid), valid)
             generated = self.refused[draft.index] is None and draft.index % 8 < 6
             own = raw if generated else _ellipse(draft.index)
             self.painted[draft.index] = self.forced.get(draft.index, own)
         return [self.painted[draft.index] for draft in batch]
 
-    def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
-        images = super()._images(seed, batch)
+    def images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
+        """See :class:`Graphs`."""
+        images = super().images(seed, batch)
         for draft, image in zip(batch, images, strict=True):
             assert draft.mask is not None and draft.edit is not None
-            self.images[draft.index], self.edits[draft.index] = image, draft.edit
+            self.made[draft.index], self.edits[draft.index] = image, draft.edit
             reason = quality_gates.image_reason(image, draft.mask, draft.healthy.valid)
             self.refused[draft.index] = self.refused[draft.index] or reason
         return images
@@ -276,23 +279,24 @@ class Reference:
 
     def _witness(
         self, bundle: Bundle, backend: Backend, label: str, forced: Mapping[int, Mask] | None = None
-    ) -> RecordingSampler:
-        sampler = RecordingSampler(bundle, backend, label, forced)
+    ) -> RecordingGraphs:
+        sampler = Sampler(bundle, backend, classes={label: 1.0}, batch_size=BATCH)
+        sampler.graphs = recorded = RecordingGraphs(bundle, backend, forced)
         for first in range(0, self.draws, BATCH):
             jobs = [(index, 0) for index in range(first, min(first + BATCH, self.draws))]
             sampler.attempt(PARITY_SEED, jobs)
             self.progress.advance(len(jobs))
-        return sampler
+        return recorded
 
     def _figures(self, label: str, bundle: Bundle, backend: Backend) -> dict[str, Any]:
         reference, own = self.witnesses[label], self._witness(bundle, backend, label)
         # Again with the reference's outlines: a pixel more or less in an outline is another question to stage 2, whose
         # answer may differ visibly although every graph is right.
         same = self._witness(bundle, backend, label, forced=reference.painted)
-        outlines = [(mask, own.outlines[k]) for k, mask in reference.outlines.items() if k in own.outlines]
+        outlines = [(mask, own.drawn[k]) for k, mask in reference.drawn.items() if k in own.drawn]
         seen, ends = (
-            [(image, painted[k], reference.edits[k]) for k, image in reference.images.items() if k in painted]
-            for painted in (same.images, own.images)
+            [(image, painted[k], reference.edits[k]) for k, image in reference.made.items() if k in painted]
+            for painted in (same.made, own.made)
         )
         judged = reference.refused.keys() | own.refused.keys()
         alike = [reference.refused.get(k, "background") == own.refused.get(k, "background") for k in judged]

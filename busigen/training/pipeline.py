@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -20,14 +19,15 @@ from diffusers import ModelMixin
 from rich.console import Console
 
 from busigen.data.prepared import Prepared
-from busigen.errors import InputError, IntegrityError, OutputError, UsageError
+from busigen.errors import InputError, UsageError
 from busigen.files import TEMPORARY_PREFIX, is_temporary, make_folder, remove, replaced_folder
 from busigen.phantoms.distribution import Phantoms
-from busigen.records import Many, Number, Record, Text, read_checked
+from busigen.records import Many, Number, read_checked
 from busigen.registry import LESION_CLASSES, RESOLUTION, SPLITS, STABLE_DIFFUSION, STAGES
 from busigen.runtime.backends.bundle_record import start_of
 from busigen.training import checkpoint
-from busigen.training.checkpoint import Base, Origin, Painting, RecipeRecord
+from busigen.training.checkpoint import Base, Painting
+from busigen.training.claim import claim
 from busigen.training.examples import Frames, Progress, frames_of, scanners_of, select, to_tensor
 from busigen.training.networks.build import build
 from busigen.training.networks.inference import Networks
@@ -62,10 +62,8 @@ KINDS: dict[str, Callable[[TaskSpec, TaskContext, Any], Task]] = {
 # Kinds of tasks, and their component, that train on backgrounds of the prior and on what these stages paint.
 GENERATED_FOR: dict[tuple[str, str], Collection[str]] = {("finish", "autoencoder"): STAGES, ("adapter", "mask"): ()}
 TOLD = ("window", "background", "finish")  # Kinds of tasks whose networks learn scanners by name.
-RUN, HEALED, CACHE = "run.json", "healed.npz", "cache"
+HEALED, CACHE = "healed.npz", "cache"
 _WRITTEN = re.compile(r"[a-z0-9.-]+")  # Names of the files and folders that a run writes.
-_SHOWN = 3  # Fields of recipes that are named as different.
-_ANOTHER = "Use another --out."
 _AGAIN = "Delete it, and give the same command again: that task is trained anew."
 
 
@@ -78,91 +76,6 @@ class _PriorFigures(checkpoint.TaskFigures):
 
 
 _FIGURES = {"autoencoder": _AutoencoderFigures, "prior": _PriorFigures}  # Models of the figures that later tasks read.
-
-
-class _RunRecord(Record):
-    """Content of a training run's ``run.json``."""
-
-    recipe: RecipeRecord
-    split_hash: Text
-    base: Origin | None = None
-    painting: Painting | None = None
-
-
-def claim(
-    out: Path, recipe: Recipe, prepared: Prepared, base: Base | None = None, painting: Painting | None = None
-) -> None:
-    """Record recipe, data and bases in a new folder, or check that they are those of the run in it.
-
-    An OutputError says what is another there, or that ``out`` cannot be written.
-    """
-    config = json.loads(json.dumps({"recipe": recipe.to_dict(), "split_hash": prepared.split_hash}))
-    if base is not None:
-        config["base"] = base.identity
-    if painting is not None:
-        # The same weights may come from elsewhere when a run is continued.
-        config["painting"] = painting.model_dump(exclude={"source"})
-    path = out / RUN
-    try:
-        if path.exists():
-            before = read_checked(_RunRecord, path, fix="", root=out)
-            if before != config:
-                raise OutputError(
-                    f"{out} belongs to another run ({_difference(before, config)}).",
-                    fix="Use another --out, or the same options.",
-                )
-            if linked := next((place for place in out.rglob("*") if place.is_symlink()), None):
-                raise OutputError(f"{linked} is a link, and would be written through.", fix=_ANOTHER)
-            return
-        if out.exists() and any(out.iterdir()):
-            raise OutputError(f"{out} is not empty and holds no busigen run.", fix=_ANOTHER)
-        make_folder(out)
-        write_json(path, config)
-    except IntegrityError as error:
-        raise OutputError(f"{out} holds no run of `busigen train`: {error.problem}", fix=_ANOTHER) from error
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix=checkpoint.WRITABLE) from error
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, as options; fields of the recipe only where no option explains them."""
-    old, new = before.get("recipe", {}), now["recipe"]
-    options = [name for name in ("preset", "seed") if old.get(name) != new[name]]
-    shown = [f"--{name}: {old.get(name)!r} there, {new[name]!r} now" for name in options]
-    if before.get("split_hash") != now["split_hash"]:
-        shown.append("--data: other images or splits")
-    bases = [config.get("base") for config in (before, now)]
-    there, here = (f"one with weights {base['weights'][:12]}..." if base else "none" for base in bases)
-    if there != here:
-        shown.append(f"--base: {there} there, {here} now")
-    painting = _fields(*(config.get("painting", {}) for config in (before, now)))
-    named = {"sha256": "base-model", "prompts": "prompt", "shown_at": "window", "licence": "base-model"}
-    for name, one, two in painting:
-        first = name.partition(".")[0]
-        shown.append(f"--{named.get(first, first)}: {one!r} there, {two!r} now")
-    # A run with a base has fewer tasks than one without, which no person chose.
-    if old.get("preset") == new["preset"] and ("base" in before) == ("base" in now):
-        fields = _fields(old, new)
-        # --scale changes steps and the warm-ups that follow from them, and nothing else.
-        if scaled := [field for field in fields if field[0].endswith((".steps", ".warmup"))]:
-            name, there, here = scaled[0]
-            shown.append(f"--scale: {name} {there} there, {here} now")
-        rest = [field for field in fields if field not in scaled and field[0] != "seed"]
-        shown += [f"recipe.{name}: {there!r} there, {here!r} now" for name, there, here in rest[:_SHOWN]]
-        shown += [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
-    return "; ".join(shown)
-
-
-def _fields(old: Any, new: Any, at: str = "") -> list[tuple[str, Any, Any]]:
-    """Differing fields as (dotted name, old, new); items of a list go by their own name or their position."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        names = [item.get("name", number) if isinstance(item, dict) else number for number, item in enumerate(new)]
-        pairs = list(zip(map(str, names), old, new, strict=True))
-    else:
-        return [] if old == new else [(at, old, new)]
-    return [field for key, a, b in pairs for field in _fields(a, b, f"{at}.{key}".strip("."))]
 
 
 def pick_device(name: str) -> torch.device:

@@ -26,9 +26,9 @@ from busigen.foreign import open_file
 from busigen.noise_styles import styled
 from busigen.phantoms.distribution import Phantoms, filled
 from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
-from busigen.runtime.sampling.backgrounds import phantom_at
-from busigen.runtime.sampling.healthy_images import place_of, synthetic
-from busigen.runtime.sampling.windows import to_grey
+from busigen.runtime.sampling.graphs import to_grey
+from busigen.runtime.sampling.inputs.backgrounds import phantom_at
+from busigen.runtime.sampling.inputs.healthy_images import place_of, synthetic
 from busigen.training.examples import (
     ENCODE_BATCH,
     Frame,

@@ -26,7 +26,7 @@ from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.maintenance.verify import verify
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from tests.harness.command import error_line, run
 from tests.harness.dicom_files import REGION, SECRETS, SIZE, SPACING, save, scan, scan_pixels
 from tests.harness.quick_engine import QuickEngine, quick_sampler

@@ -23,13 +23,13 @@ from busigen.evaluation.integrity import edge_fit, run
 from busigen.evaluation.reading.sets import draw, from_prepared, read_set
 from busigen.evaluation.statistics.grouped import ALPHA
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from tests.conftest import Sources
 from tests.harness.planted_defects import halved, repeated, with_calipers
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.several_lesions import healthy_images, written
 from tests.harness.synthetic_datasets import draw_frame, draw_pairs
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 
 
 @pytest.fixture(scope="module")

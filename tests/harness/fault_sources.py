@@ -18,7 +18,7 @@ from PIL import Image
 
 from busigen.data.geometry import edit_region
 from busigen.runtime.dataset.format import SampleBatch
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.noise import uniform
 from tests.harness.noise_source import NoiseSource
 

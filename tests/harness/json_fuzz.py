@@ -366,7 +366,8 @@ def _trained(folder: Path, prepared: Prepared, recipe: Any) -> None:
     import torch
     from rich.console import Console
 
-    from busigen.training.pipeline import _Run, claim
+    from busigen.training.claim import claim
+    from busigen.training.pipeline import _Run
 
     claim(folder, recipe, prepared)
     _Run(prepared, folder, recipe, None, torch.device("cpu"), Console(file=io.StringIO())).execute()

@@ -10,10 +10,10 @@ from typing import Any
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.replay import Inputs, recorded_conditions
 from busigen.runtime.sampling.conditions import parse_conditions, parse_lesions
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.quick_engine import quick_sampler
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 from tests.runtime.sampling.test_grid import Placed
 
 SMALL = {"size": "0.01:0.03", "depth": "0.2:0.7", "across": "0.15:0.85", "height_width": "0.7"}

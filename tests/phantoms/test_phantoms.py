@@ -11,7 +11,7 @@ import pytest
 
 from busigen.phantoms.distribution import Phantom, Phantoms, filled, numbers_for
 from busigen.phantoms.tissue import FASCIA, FAT, GLAND, MUSCLE, PARAMETERS, RIB, SEPTUM, SKIN
-from busigen.runtime.sampling.backgrounds import DENSITIES, AskedTissue, phantom_at
+from busigen.runtime.sampling.inputs.backgrounds import DENSITIES, AskedTissue, phantom_at
 
 FRAME = (190, 256)
 FIT = Path(__file__).parents[2] / "benchmarks" / "studies" / "results" / "phantom.json"

@@ -12,7 +12,8 @@ import pytest
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import OutputError
-from busigen.training.pipeline import claim, train
+from busigen.training.claim import claim
+from busigen.training.pipeline import train
 from busigen.training.recipe import recipe_for
 from busigen.training.trainer import write_json
 

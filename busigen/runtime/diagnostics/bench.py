@@ -27,7 +27,7 @@ from busigen.runtime.diagnostics.bench_report import write
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.signals import GenerationInterrupted
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.files import output_errors
 

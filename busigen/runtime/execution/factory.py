@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -108,8 +108,8 @@ class GenerateReport:
     already_complete: bool  # the dataset was finished before, and nothing was done
     missing: int = 0  # shards of other tasks that the dataset still lacks; the last of these tasks completes it
 
-    def lines(self) -> Iterator[str]:
-        """The lines of ``busigen generate``."""
+    def lines(self, given: Sequence[str] = ()) -> Iterator[str]:
+        """The lines of ``busigen generate``; ``given`` is what `busigen verify` is to be given beside the folder."""
 
         def counts(numbers: dict[str, int]) -> str:
             return ", ".join(f"{name} {number}" for name, number in numbers.items())
@@ -132,7 +132,8 @@ class GenerateReport:
             share = refused / (refused + self.samples)
             yield f"  draws refused by the gates: {share:.1%} ({counts(dict(sorted(self.rejected.items())))})"
         if not self.missing:
-            yield f"  look at {self.folder / 'preview.png'}; check with: busigen verify {shell_word(self.folder)}"
+            command = " ".join(("busigen verify", shell_word(self.folder), *given))
+            yield f"  look at {self.folder / 'preview.png'}; check with: {command}"
 
 
 def generate(

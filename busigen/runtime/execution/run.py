@@ -24,7 +24,6 @@ from busigen.runtime.execution.workers import Coordinator, SourceMaker
 from busigen.runtime.output.base import LocalOutput, Output
 from busigen.runtime.output.ownership import refuse_other_run
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.backgrounds import AskedTissue, parse_tissue
 from busigen.runtime.sampling.conditions import (
     SampleConditions,
     hardly_known,
@@ -33,11 +32,13 @@ from busigen.runtime.sampling.conditions import (
     parse_shares,
     refuse_normals,
 )
-from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.backgrounds import AskedTissue, parse_tissue
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder, refuse_jitter
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.url import Address
+from busigen.text import shell_word
 
 _LOGGED = ("count", "seed", "shard_size", "provider", "index_range", "array_task", "launcher", "workers")
 
@@ -190,6 +191,10 @@ class GenerateOptions(SourceOptions):
         cells = len(Grid.parse(vary).cells)
         shard_size = cells * max(1, SHARD_SIZE // cells)
         return cls(out=out, count=backgrounds * cells, shard_size=shard_size, vary=vary, **options)
+
+    def given(self) -> list[str]:
+        """What `busigen verify` is to be given, so that it compares a dataset with the folders that made it."""
+        return [f"{option} {shell_word(folder)}" for option, folder in self._folders().items()]
 
     def run(self, progress: Progress, stop: Stopping | None = None) -> GenerateReport:
         """Generate the dataset, or finish one that the same options began; ``stop`` may end it after any shard."""

@@ -38,7 +38,7 @@ from busigen.runtime.dataset.shards import FileRecord, ShardRecord, find_row
 from busigen.runtime.maintenance.merge import find_sample
 from busigen.runtime.maintenance.replay import Inputs, other_conditions, redrawn_shard, then_and_now
 from busigen.runtime.maintenance.verify import read_run
-from busigen.runtime.sampling.placement import Placement
+from busigen.runtime.sampling.inputs.placement import Placement
 from busigen.runtime.storage.files import output_errors
 from busigen.text import describe, unproven_line
 
@@ -215,6 +215,7 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         },
         "unproven": unproven(fingerprint),
         "bundle": {"name": as_typed(run, "--bundle") or "shipped with busigen", "sha256": fingerprint.get("bundle")},
+        "lesions": _lesions(row),
         "shard": {"number": recorded.number, "file": tar},
         "chain": [{"link": name, "sha256": sha256} for name, sha256 in chain if sha256 is not None],
         "made_with": {
@@ -225,6 +226,23 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
         },
         "row": row,
     }
+
+
+def _lesions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pixels, box and attributes of each of a sample's lesions, where a row may say them of several."""
+    names = (
+        "pixels",
+        "box_left",
+        "box_top",
+        "box_right",
+        "box_bottom",
+        "area_share",
+        "across",
+        "depth",
+        "height_width",
+    )
+    found = [{name: row.get(f"lesion_{number}_{name}") for name in names} for number in range(1, MAX_LESIONS + 1)]
+    return [lesion for lesion in found if lesion["pixels"] is not None]
 
 
 @dataclass(frozen=True)
@@ -263,9 +281,7 @@ class Explanation:
         yield f"sample {past['key']} of {past['dataset']}: index {past['index']}, seed {past['seed']}, {past['class']}"
         yield f"  bundle        {bundle['name']} ({bundle['sha256']})"
         yield "  made with     " + ", ".join(f"{name} {version}" for name, version in made.items())
-        # What a person wants to read of a number; --json and the manifest hold all its digits.
-        asked = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in past["asked"].items()}
-        yield f"  asked for     {', '.join(f'{name} {value}' for name, value in asked.items() if value is not None)}"
+        yield f"  asked for     {_said(past['asked'])}"
         how = "it is        " if past["class"] == NORMAL else "painted into "
         if background["sha256"]:
             yield f"  {how} {background['file']} of {background['folder']} ({background['sha256']})"
@@ -276,6 +292,8 @@ class Explanation:
             if at := Placement.recorded(past["row"]):
                 turned = "mirrored, " if at.mirrored else ""
                 yield f"                {turned}scaled by {at.scale:.4g}, {at.left} across, {at.top} down"
+        if len(past["lesions"]) > 1:
+            yield from (f"  lesion {number}      {_said(one)}" for number, one in enumerate(past["lesions"], start=1))
         attempts, refused = "1, nothing refused", past["refused"]
         if refused is None:
             attempts = "unknown: the record is lost"
@@ -299,6 +317,12 @@ class Explanation:
         if replay.conditions:
             yield "  replay: under other conditions than the run's; with another engine, grey levels may differ:"
             yield from (f"    {condition}" for condition in replay.conditions)
+
+
+def _said(figures: Mapping[str, Any]) -> str:
+    """What a person wants to read of each figure that there is; --json and the manifest hold all digits."""
+    short = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in figures.items()}
+    return ", ".join(f"{name} {value}" for name, value in short.items() if value is not None)
 
 
 def explain(

@@ -20,11 +20,11 @@ from busigen.runtime.dataset.reader import plan_of
 from busigen.runtime.dataset.shards import ShardRecord, write_shard
 from busigen.runtime.output.ownership import run_record
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.backgrounds import parse_tissue
 from busigen.runtime.sampling.conditions import parse_classes, parse_conditions, parse_lesions, refuse_normals
-from busigen.runtime.sampling.given_masks import MaskFolder, refuse_jitter
 from busigen.runtime.sampling.grid import Grid
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.backgrounds import parse_tissue
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder, refuse_jitter
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.storage.files import output_errors
 from busigen.text import describe

@@ -54,8 +54,8 @@ from busigen.runtime.maintenance.merge import (
 )
 from busigen.runtime.maintenance.verify_shard import DELETE, FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.given_masks import MaskFolder, MaskProof
-from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder, MaskProof
+from busigen.runtime.sampling.inputs.healthy_images import Backgrounds
 from busigen.runtime.storage.lock import is_lock
 from busigen.runtime.storage.url import Address
 from busigen.text import SHOWN_PROBLEMS, counted, printable

@@ -23,8 +23,8 @@ from busigen.runtime.dataset.format import TISSUE, Plan, differences, extra_pict
 from busigen.runtime.dataset.reader import Member, read_members
 from busigen.runtime.dataset.shards import FileRecord, ShardRecord, lesion_box, read_table
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.given_masks import MaskProof
-from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.sampling.inputs.given_masks import MaskProof
+from busigen.runtime.sampling.inputs.healthy_images import Backgrounds
 from busigen.runtime.sampling.several import shape_row
 from busigen.text import printable
 

@@ -18,7 +18,7 @@ from busigen.data.geometry import Mask, Window, edit_region, window_for
 from busigen.registry import ATTRIBUTES
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling.conditions import measured
-from busigen.runtime.sampling.healthy_images import Healthy
+from busigen.runtime.sampling.inputs.healthy_images import Healthy
 from busigen.runtime.sampling.several import numbered_row
 
 BEGIN, OUTLINE, PAINT = range(3)  # the stages of a draw

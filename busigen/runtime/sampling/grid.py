@@ -10,7 +10,7 @@ from math import prod
 from busigen.errors import UsageError
 from busigen.registry import ATTRIBUTES, BIRADS, LESION_CLASSES
 from busigen.runtime.dataset.format import Plan
-from busigen.runtime.sampling.conditions import SampleConditions, parse_conditions
+from busigen.runtime.sampling.conditions import BOUNDS, SampleConditions, parse_conditions
 
 LEVELS: dict[str, tuple[str, ...]] = {
     "class": LESION_CLASSES,
@@ -114,12 +114,16 @@ def levels_of(said: str) -> dict[str, str]:
 
 
 def _refuse_level(name: str, level: str) -> None:
-    if name == "class":
-        if level not in LESION_CLASSES:
-            raise UsageError(f"--vary class={level!r}.", fix=f"Choose among: {', '.join(LESION_CLASSES)}.")
-        return
     if name == "scanner":
         return  # Which there are, the bundle says.
-    if ":" in level:
-        raise UsageError(f"--vary {name}={level!r} is a range.", fix="Give single numbers with / between them.")
-    parse_conditions(**{name: level})  # type: ignore[arg-type]
+    if name in BOUNDS:
+        least, greatest = BOUNDS[name]
+        fix = f"Give single numbers from {least:g} to {greatest:g}, with / between them."
+        try:
+            fit = least <= float(level) <= greatest
+        except ValueError:
+            fit = False
+    else:
+        fit, fix = level in LEVELS[name], f"Choose among: {', '.join(LEVELS[name])}."
+    if not fit:
+        raise UsageError(f"--vary {name}={level!r}.", fix=fix)

@@ -18,11 +18,11 @@ from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.batching import MAX_OUTLINES, Draft, DrawRequest
 from busigen.runtime.sampling.conditions import SampleConditions, dealt, mix_text
-from busigen.runtime.sampling.given_masks import GivenMask, MaskFolder
 from busigen.runtime.sampling.grid import Grid
-from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder
+from busigen.runtime.sampling.inputs.given_masks import GivenMask, MaskFolder
+from busigen.runtime.sampling.inputs.healthy_images import Healthy, HealthyFolder
+from busigen.runtime.sampling.inputs.placement import Placement, moved_inside, place
 from busigen.runtime.sampling.noise import uniform, uniforms
-from busigen.runtime.sampling.placement import Placement, moved_inside, place
 from busigen.runtime.sampling.several import FURTHER, PLACE_DRAWS, free_place
 from busigen.text import printable
 

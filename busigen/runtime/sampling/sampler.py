@@ -6,9 +6,9 @@ batches without changing what any of them is. Batches are padded to powers of tw
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,31 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import (
-    Mask,
     largest_component,
-    paste,
-    patches_outside,
-    ring_region,
 )
-from busigen.errors import AcceptanceError, CapacityError, UsageError
+from busigen.errors import AcceptanceError, UsageError
 from busigen.mtf import Kernels, Transfer, apply_to_pair
-from busigen.noise_styles import styled
 from busigen.phantoms.distribution import Phantom, filled
 from busigen.registry import (
-    BUCKETS,
     DEFAULT_BATCH,
-    MIN_BATCH,
     NORMAL,
-    RESOLUTION,
-    SCANNERS,
     SYNTHETIC,
-    rows_per_call,
 )
 from busigen.runtime.backends.base import Backend
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import TISSUE_COLUMN, Rejection, Sample, SampleBatch, picture_columns
-from busigen.runtime.sampling import given_masks, grid, quality_gates, several
-from busigen.runtime.sampling.backgrounds import TISSUE_MEASURES, AskedTissue, phantom_at, with_tissue
+from busigen.runtime.sampling import grid, quality_gates, several
 from busigen.runtime.sampling.batching import (
     BEGIN,
     OUTLINE,
@@ -55,28 +44,32 @@ from busigen.runtime.sampling.batching import (
     of_whole_groups,
 )
 from busigen.runtime.sampling.conditions import SampleConditions, measured
-from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.graphs import Graphs
 from busigen.runtime.sampling.grid import Grid
-from busigen.runtime.sampling.healthy_images import Healthy, HealthyFolder, place_of, synthetic
+from busigen.runtime.sampling.inputs import given_masks
+from busigen.runtime.sampling.inputs.backgrounds import TISSUE_MEASURES, AskedTissue, phantom_at, with_tissue
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder
+from busigen.runtime.sampling.inputs.healthy_images import Healthy, HealthyFolder, place_of, synthetic
 from busigen.runtime.sampling.noise import normal, uniform
 from busigen.runtime.sampling.sample_plan import SamplePlan
-from busigen.runtime.sampling.windows import Floats, cells_of, cut, padded_to, shown_at, to_grey, to_unit
+
+log = logging.getLogger("busigen.runtime")
 
 MAX_ATTEMPTS = 64  # per index before the run is given up: with half of all draws refused, no index in 10^18 gets here
+MANY_ATTEMPTS = 8  # after which a person is told once why it takes so long
 WINDOW_BATCHES = 8  # batches by which samples are drawn ahead of the oldest unfinished one, so that most batches fill
-CACHED_TOKENS = 256  # number of healthy images whose context tokens are kept: those used last
 
 
 class Sampler:
     """A :class:`busigen.runtime.dataset.format.Stream` on top of a bundle's graphs.
 
     Without ``healthy``, backgrounds are synthetic; with ``masks``, stage 1 is left out, and these are painted in turn,
-    each moved, scaled and mirrored within ``jitter`` (`busigen.runtime.sampling.placement.place`). Of a ``grid``, all
-    samples of a background share it and their noise, and what is ``asked`` but for their levels. ``normals``, from 0 to
-    below 1, is the share of samples that are a healthy image and an empty mask. ``scanner`` is a name of the bundle's,
-    ``any`` or ``mix``. ``lesions`` weighs numbers of lesions, "1" to "3"; without it, an image has one.
-    ``batch_size``, 1 to 4096 or a UsageError, counts images per engine call at the smallest window; larger windows use
-    fewer, none fewer than ``MIN_BATCH``.
+    each moved, scaled and mirrored within ``jitter`` (`inputs.placement.place`). Of a ``grid``, all samples of a
+    background share it and their noise, and what is ``asked`` but for their levels. ``normals``, from 0 to below 1, is
+    the share of samples that are a healthy image and an empty mask. ``scanner`` is a name of the bundle's, ``any`` or
+    ``mix``. ``lesions`` weighs numbers of lesions, "1" to "3"; without it, an image has one. ``batch_size``, 1 to 4096
+    or a UsageError, counts images per engine call at the smallest window; larger windows use fewer, none fewer than
+    ``MIN_BATCH``.
     """
 
     def __init__(
@@ -125,11 +118,7 @@ class Sampler:
                 fix="Leave it out, or export a bundle with --phantoms.",
             )
         self.batch_size = batch_size
-        # One engine call at a time on the processor: it has all compute threads, and two would need twice the memory.
-        # A card takes the next call's inputs while it computes.
-        self._engine = threading.Semaphore(backend.max_concurrent_calls)
-        self._token_cache: OrderedDict[Hashable, Floats] = OrderedDict()
-        self._token_lock = threading.Lock()
+        self.graphs = Graphs(bundle, backend, batch_size)
 
     def fingerprint(self) -> dict[str, Any]:
         """See :class:`busigen.runtime.dataset.format.Source`. The batch size is absent: it changes no sample."""
@@ -184,9 +173,17 @@ class Sampler:
     ) -> Generator[SampleBatch, None, None]:
         """See :class:`busigen.runtime.dataset.format.Stream`; raises what :meth:`draw` does."""
         reasons: Counter[str] = Counter()
+        warned = False
 
         def refused(rejection: Rejection) -> None:
+            nonlocal warned
             reasons[rejection.reason] += 1
+            if rejection.attempt + 1 == MANY_ATTEMPTS and not warned:
+                warned = True
+                log.warning(
+                    "sample %d was refused %d times, last for: %s. Drawing goes on, %d times at most, and takes longer",
+                    *(rejection.index, MANY_ATTEMPTS, rejection.reason, MAX_ATTEMPTS),
+                )
             if rejection.attempt + 1 >= MAX_ATTEMPTS:
                 mask = self.plan.mask(rejection.index)
                 given = f" Its mask is {mask.file}." if mask else ""
@@ -241,7 +238,7 @@ class Sampler:
         def size(kind: Kind) -> int:
             # Where whole images are synthesised, the prior's batch is theirs.
             whole = kind.stage == BEGIN and self.plan.healthy is None
-            return rows_per_call(RESOLUTION, self.batch_size) if whole else self._rows(kind.side)
+            return self.graphs.whole_rows if whole else self.graphs.rows(kind.side)
 
         return BatchScheduler(size, lambda batch: steps[batch[0].kind.stage](seed, batch))
 
@@ -266,15 +263,6 @@ class Sampler:
         found = self.plan.painted_as(seed, draw, self.bundle.scanners)
         return replace(picture, row={**picture.row, "scanner": found})
 
-    def _told(self, names: Iterable[str | None]) -> Floats:
-        """Scanners as graphs are told them, ``(B, SCANNERS)``."""
-        known = list(self.bundle.scanners)
-        told = np.zeros((len(rows := list(names)), SCANNERS), np.float32)
-        for row, name in zip(told, rows, strict=True):
-            if name is not None:
-                row[known.index(name)] = 1.0
-        return told
-
     def _on_its_way(self, seed: int, draft: Draft) -> Outcome:
         """What becomes of a draft whose background is fit: to the next stage with a lesion, finished without one."""
         if draft.label == NORMAL:
@@ -292,7 +280,7 @@ class Sampler:
         return Sample(draft.index, draft.attempt, NORMAL, image, empty, row, draft.healthy.tissue)
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
-        shapes, count = self.bundle.frames, len(batch)
+        shapes = self.bundle.frames
         frames = [
             # A mask's own frame, in which all of it lies where it does in its image.
             mask.frame
@@ -300,21 +288,12 @@ class Sampler:
             else shapes[int(uniform(seed, d.seeded, d.attempt, "frame") * len(shapes))]
             for d in batch
         ]
-        places = np.array([place_of(frame) for frame in frames], np.float32)
-        noise, styles = _noise(seed, batch, "prior", self.bundle.background_shape), self.bundle.styles
-        if styles is not None:
-            noise = styled(noise, styles, _noise(seed, batch, "style", styles.shape[1:]))
-        full = rows_per_call(RESOLUTION, self.batch_size)
+        places = [place_of(frame) for frame in frames]
         phantoms = self._phantoms_of(seed, batch, frames)
-        start = self._encoded([filled(found.image, place_of(f)) for found, f in zip(phantoms, frames, strict=False)])
-        scanner = self._told(self.plan.scanner_of(seed, draw, self.bundle.scanners) for draw in batch)
-        latents = self._run("prior", full, count, noise=noise, frame=places, scanner=scanner, **start)
-        speckle = _noise(seed, batch, "prior speckle", (1, RESOLUTION, RESOLUTION))
-        speckle *= np.float32(self.bundle.background_speckle)
-        nothing = np.zeros_like(speckle)
-        decoder = self.bundle.background_decoder
-        pixels = self._run(decoder, full, count, latents=latents, noise=speckle, mask=nothing, scanner=scanner)
-        made = [synthetic(to_grey(image[0]), frame) for image, frame in zip(pixels, frames, strict=True)]
+        starts = [filled(found.image, place) for found, place in zip(phantoms, places, strict=False)]
+        scanners = [self.plan.scanner_of(seed, draw, self.bundle.scanners) for draw in batch]
+        pictures = self.graphs.backgrounds(seed, batch, places, scanners, starts)
+        made = [synthetic(picture, frame) for picture, frame in zip(pictures, frames, strict=True)]
         if not phantoms:
             return made
         return [with_tissue(one, found, self.tissue.maps) for one, found in zip(made, phantoms, strict=True)]
@@ -326,18 +305,11 @@ class Sampler:
         draws = zip(batch, frames, strict=True)
         return [phantom_at(self._phantoms, seed, d.seeded, d.attempt, frame, self.tissue) for d, frame in draws]
 
-    def _encoded(self, images: Sequence[NDArray[np.uint8]]) -> dict[str, Floats]:
-        """The latents of whole images as the prior reads them; nothing for none."""
-        if not images:
-            return {}
-        full = rows_per_call(RESOLUTION, self.batch_size)
-        pixels = np.stack([to_unit(image)[None] for image in images])
-        return {"start": self._run(f"encoder@{RESOLUTION}", full, len(images), pixels=pixels)}
-
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
+        asked = np.stack([self.plan.asked.vector(d.wanted, d.birads, d.healthy.valid) for d in drafts])
         outcomes: list[Outcome] = []
-        for draft, raw in zip(drafts, self._outlines(seed, drafts), strict=True):
+        for draft, raw in zip(drafts, self.graphs.outlines(seed, drafts, asked), strict=True):
             valid = draft.healthy.valid
             mask = largest_component(raw & valid)
             reason = quality_gates.mask_reason(raw, mask, valid) or quality_gates.asked_reason(
@@ -353,7 +325,7 @@ class Sampler:
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         drafts = [draft for draft in batch if isinstance(draft, Draft)]
         outcomes: list[Outcome] = []
-        for draft, image in zip(drafts, self._images(seed, drafts), strict=True):
+        for draft, image in zip(drafts, self.graphs.images(seed, drafts), strict=True):
             picture = self._shown(seed, draft, image)
             masks = [one.mask for one in draft.all_lesions if one.mask is not None]
             reasons = [quality_gates.image_reason(picture, mask, draft.healthy.valid) for mask in masks]
@@ -377,128 +349,3 @@ class Sampler:
     def _filters(self, transfer: Transfer, seed: int, draw: DrawRequest) -> Kernels:
         # One for the whole image, whichever of its lesions this is.
         return transfer.kernels(normal(seed, draw.seeded, draw.attempt, "transfer", transfer.factor.shape[1:]))
-
-    def _outlines(self, seed: int, batch: Sequence[Draft]) -> list[Mask]:
-        """The outlines that stage 1 draws, as masks ``(256, 256)``."""
-        keep = np.ones((len(batch), (RESOLUTION // self.bundle.patch) ** 2), dtype=np.float32)
-        inputs = {
-            "noise": _noise(seed, batch, "mask", (self.bundle.code_length,)),
-            "tokens": self._whole_tokens(batch, keep),
-            "keep": keep,
-            "asked": np.stack([self.plan.asked.vector(d.wanted, d.birads, d.healthy.valid) for d in batch]),
-        }
-        distance = self._run(f"mask-{batch[0].label}", self._rows(), len(batch), **inputs)
-        return [field[0] > 0 for field in distance]
-
-    def _images(self, seed: int, batch: Sequence[Draft]) -> list[NDArray[np.uint8]]:
-        """The whole images that stages 2 and 3 paint for drafts of one class and window side, ``(256, 256)`` uint8."""
-        count, (_, label, side) = len(batch), batch[0].kind
-        full, shown, factor = self._rows(side), self.bundle.windows[side], self.bundle.latent_factor
-        masks = [draft.mask for draft in batch if draft.mask is not None]
-        edits = [draft.edit for draft in batch if draft.edit is not None]
-        windows = [draft.window for draft in batch if draft.window is not None]
-        keep = np.stack([patches_outside(edit, self.bundle.patch) for edit in edits]).astype(np.float32)
-        grey = [np.where(e, 0.0, to_unit(d.canvas)) for d, e in zip(batch, edits, strict=True)]
-        mask = cut(masks, windows)
-        edit, ring = (shown_at(shown, cut(one, windows)) for one in (edits, [ring_region(e) for e in edits]))
-        known = self._keep(f"encoder@{side}", full, count, pixels=cut(grey, windows))
-        common = {
-            "tokens": self._keep("context", full, count, image=_pictures(d.canvas for d in batch), keep=keep),
-            "keep": keep,
-            "known": known,
-            "mask": shown_at(shown, mask),
-            "edit": edit,
-            "scanner": self._told(draft.healthy.row.get("scanner") for draft in batch),
-        }
-
-        def stage(name: str, painted: Any, ring: Floats) -> Any:
-            graph, shape = f"{name}-{label}@{side}", self.bundle.latent_shape(side)
-            noise = {"noise": _noise(seed, batch, name, shape)}
-            if steps := self.bundle.fresh(graph):
-                noise["fresh"] = _noise(seed, batch, f"{name} fresh", (steps, *shape))
-            return self._keep(graph, full, count, painted=painted, ring=ring, **noise, **common)
-
-        # A graph that serves both stages has all inputs; nothing is painted yet, and no ring is to be repainted.
-        painted = stage("lesion", known, np.zeros_like(ring))
-        blended = stage("blend", painted, ring)
-        # Stage 3 redraws all latents, but the lesion is stage 2's: only the ring, and what lies beyond it, is blended.
-        inside = cells_of(edit, factor) & ~cells_of(ring, factor)
-        blended = self.backend.select(padded_to(inside, len(painted)), painted, blended)
-        speckle = _noise(seed, batch, "speckle", (1, side, side))
-        pixels = self._run(
-            f"decoder@{side}", full, count, latents=blended, noise=speckle, mask=mask, scanner=common["scanner"]
-        )
-        return [
-            paste(draft.canvas, new[0], edit, window)
-            for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
-        ]
-
-    def _whole_tokens(self, batch: Sequence[Draft], keep: Floats) -> Floats:
-        """Context tokens of whole healthy images; those of a user's image are computed once and kept."""
-        keys: list[Hashable] = [draft.healthy.row["healthy_sha256"] or draft.position for draft in batch]
-        with self._token_lock:
-            found = {key: self._token_cache[key] for key in keys if key in self._token_cache}
-        # Keyed by image, so that several draws of a batch share one computation, too.
-        if fresh := {key: draft for key, draft in zip(keys, batch, strict=True) if key not in found}:
-            # Of further lesions, too: stage 1 was trained on images without any.
-            images = _pictures(draft.healthy.pixels for draft in fresh.values())
-            tokens = self._run("context", self._rows(), len(fresh), image=images, keep=keep[: len(fresh)])
-            # Copied, because a view of one row would keep its whole batch in memory.
-            found |= {key: row.copy() for key, row in zip(fresh, tokens, strict=True)}
-        with self._token_lock:
-            for key in dict.fromkeys(keys):
-                if isinstance(key, str):
-                    self._token_cache[key] = found[key]
-                    self._token_cache.move_to_end(key)
-            while len(self._token_cache) > CACHED_TOKENS:
-                self._token_cache.popitem(last=False)
-        return np.stack([found[key] for key in keys])
-
-    def _rows(self, side: int = 0) -> int:
-        """Rows of a full call on windows of that side; without one, of calls that have no window."""
-        return rows_per_call(self.bundle.windows[side] if side else BUCKETS[0], self.batch_size)
-
-    def _run(self, graph: str, full: int, count: int, **inputs: Any) -> Floats:
-        """Run a graph on a padded batch: the last row is repeated, and what comes of it thrown away."""
-        result: Floats = self._call(self.backend.run, graph, full, count, inputs)
-        return result[:count]
-
-    def _keep(self, graph: str, full: int, count: int, **inputs: Any) -> Any:
-        """Run a graph, and leave what comes out, padding and all, where it was computed."""
-        return self._call(self.backend.keep, graph, full, count, inputs)
-
-    def _call(
-        self, run: Callable[[str, Mapping[str, Any]], Any], graph: str, full: int, count: int, inputs: dict[str, Any]
-    ) -> Any:
-        """Pad the batch to a power of two, ``full`` rows at most, and call the engine with what the graph reads."""
-        # So the engine plans few shapes, and a rest of three rows does not cost as much as sixteen.
-        size = min(max(count, full), max(MIN_BATCH, 1 << (count - 1).bit_length()))
-        inputs |= self.bundle.constants(graph)
-        if (read := self.bundle.inputs(graph)) is not None:
-            inputs = {name: inputs[name] for name in read}
-        # Kept outputs are padded already, and may be on the device.
-        padded = {
-            name: array if len(array) == size else padded_to(array, size).astype(np.float32, copy=False)
-            for name, array in inputs.items()
-        }
-        try:
-            with self._engine:
-                return run(graph, padded)
-        except CapacityError as error:
-            if not (fitting := self.batch_size * error.fits // max(1, error.rows)):
-                raise
-            raise CapacityError(
-                f"--batch-size is {self.batch_size}: {error.problem}",
-                fix=f"Run the same command with --batch-size {fitting}, which changes no sample.",
-                rows=error.rows,
-                fits=error.fits,
-            ) from error
-
-
-def _pictures(images: Iterable[NDArray[np.uint8]]) -> Floats:
-    """Whole images as the context encoder reads them, ``(B, 1, 256, 256)`` from -1 to 1."""
-    return np.stack([to_unit(pixels)[None] for pixels in images])
-
-
-def _noise(seed: int, batch: Sequence[DrawRequest], stream: str, shape: Sequence[int]) -> Floats:
-    return np.stack([normal(seed, item.seeded, item.attempt, stream, shape, item.part) for item in batch])

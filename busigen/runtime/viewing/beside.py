@@ -19,7 +19,7 @@ from busigen.registry import SYNTHETIC
 from busigen.runtime.dataset.finalize import run_of
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.maintenance.replay import Inputs
-from busigen.runtime.sampling.healthy_images import Backgrounds
+from busigen.runtime.sampling.inputs.healthy_images import Backgrounds
 from busigen.runtime.sampling.sampler import Sampler
 
 _KEPT = 64  # Pictures that are kept as PNG

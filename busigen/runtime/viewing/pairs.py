@@ -146,12 +146,17 @@ class Pairs:
         return row
 
     def tiles(self, rows: Rows, sort: str = "") -> list[dict[str, Any]]:
-        """Of some pairs what their tiles say: name, class and, where they are sorted, the value that decides."""
-        classes = self._table["class"].gather(rows)
-        values = self._table[sort].gather(rows) if sort else [None] * len(rows)
+        """Of some pairs what their tiles say: name, class, lesions and, where they are sorted, the value that decides.
+
+        ``lesions`` is None where a dataset has one in each of its pairs.
+        """
+        table, nothing = self._table, [None] * len(rows)
+        classes = table["class"].gather(rows)
+        lesions = table["lesions"].gather(rows) if "lesions" in table.columns else nothing
+        values = table[sort].gather(rows) if sort else nothing
         return [
-            {"name": self.name_of(row), "class": label, "value": plain(value)}
-            for row, label, value in zip(rows.tolist(), classes, values, strict=True)
+            {"name": self.name_of(row), "class": label, "lesions": plain(count), "value": plain(value)}
+            for row, label, count, value in zip(rows.tolist(), classes, lesions, values, strict=True)
         ]
 
     def row(self, row: int) -> dict[str, Any]:

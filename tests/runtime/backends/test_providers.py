@@ -242,7 +242,7 @@ def test_a_batch_too_large_for_memory_is_refused_with_one_that_fits(tmp_path: Pa
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)\n"
         "try:\n"
-        "    sampler._run('encoder@128', 1024, 1024, **rows(1024))\n"
+        "    sampler.graphs.run('encoder@128', 1024, 1024, **rows(1024))\n"
         "except CapacityError as error:\n"
         "    print(error.exit_code, error.fits, error)\n"
     )

@@ -17,17 +17,17 @@ from busigen.runtime.convert.source import opened
 from busigen.runtime.dataset.reader import DATASET_FILE
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Observer, Progress
-from busigen.runtime.sampling.given_masks import MaskFolder
 from busigen.runtime.sampling.grid import Grid
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder
 from busigen.runtime.storage.url import place_of
 from tests.harness.command import error_line, run
 from tests.harness.hashing import hashes
 from tests.harness.hostile_datasets import CASES, VICTIM, edit, link
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.replaying import flip
-from tests.runtime.sampling.test_given_masks import save
+from tests.runtime.sampling.inputs.test_given_masks import save
+from tests.runtime.sampling.inputs.test_placement import blob
 from tests.runtime.sampling.test_grid import Placed
-from tests.runtime.sampling.test_placement import blob
 
 PLAIN_FORMATS = [name for name, one in FORMATS.items() if not one.extra]
 

@@ -17,8 +17,8 @@ from busigen.data.images import read_image
 from busigen.runtime.convert.run import convert
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.sampling.given_masks import MaskFolder
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from tests.harness.command import error_line, run
 from tests.harness.dicom_files import SECRETS, SPACING, save, scan, scan_pixels
 from tests.harness.hashing import hash_of, hashes

@@ -16,9 +16,9 @@ from busigen.runtime.convert.run import convert
 from busigen.runtime.dataset.format import Sample
 from busigen.runtime.dataset.reader import Dataset
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from tests.harness.quick_engine import QuickEngine, quick_sampler
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 
 
 @pytest.fixture(scope="module")

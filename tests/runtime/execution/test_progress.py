@@ -10,7 +10,7 @@ import pytest
 from busigen.errors import InputError
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.progress import Bar, Progress, console_progress
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.terminal import Terminal
 from busigen.text import counted, disk_size, duration
 from tests.harness.noise_source import NoiseSource

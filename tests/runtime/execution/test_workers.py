@@ -21,7 +21,7 @@ from busigen.runtime.execution.launchers import LocalWorkerPool, launcher
 from busigen.runtime.execution.run import GenerateOptions
 from busigen.runtime.execution.workers import Coordinator, ShardDone, ShardStarted, SourceMaker, Worker, WorkerStopped
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness import command
 from tests.harness.hashing import hashes

@@ -20,13 +20,13 @@ from busigen.runtime.maintenance.repair import repair
 from busigen.runtime.maintenance.replay import Inputs, recorded_conditions
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.sampling.conditions import parse_conditions
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.hashing import hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.replaying import flip
 from tests.runtime.maintenance.test_given_masks import change
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 from tests.runtime.sampling.test_grid import Placed
 
 HELD = {"size": "0.03", "depth": "0.4", "across": "0.5", "height_width": "0.7"}

@@ -20,11 +20,11 @@ from busigen.runtime.dataset.format import Plan
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.output.ownership import refuse_other_run
-from busigen.runtime.sampling.given_masks import MaskFolder
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.replaying import reseal
-from tests.runtime.sampling.test_given_masks import save
-from tests.runtime.sampling.test_placement import blob
+from tests.runtime.sampling.inputs.test_given_masks import save
+from tests.runtime.sampling.inputs.test_placement import blob
 
 
 @pytest.fixture

@@ -133,6 +133,10 @@ def test_explain_tells_each_lesion_and_draws_them_again(kind: str, real: Path, h
     assert told.history["asked"]["lesions"] == MIX
     links = {link["link"]: link["sha256"] for link in told.history["chain"]}
     assert links["mask 2"] == pair.row["mask_2_sha256"]
+    said = [line for line in told.lines() if line.startswith("  lesion ")]
+    assert len(said) == len(pair.masks)
+    for line, mask in zip(said, pair.masks, strict=True):
+        assert f"pixels {mask.sum()}," in line and f"box_top {np.flatnonzero(mask.any(axis=1))[0]}," in line
     shards = members(out / f"shards/{int(pair.key) // 5:06}.tar")
     for suffix in ("image.png", "mask.png", *MASKS, "json"):
         assert (tmp_path / f"again/{pair.key}.{suffix}").read_bytes() == shards[f"{pair.key}.{suffix}"]

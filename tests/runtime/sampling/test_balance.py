@@ -15,13 +15,13 @@ from busigen.data.letterbox import letterbox
 from busigen.errors import UsageError
 from busigen.runtime.dataset.format import Sample
 from busigen.runtime.execution.run import SourceOptions
-from busigen.runtime.sampling.given_masks import MaskFolder
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.quick_engine import QuickEngine, quick_sampler
-from tests.runtime.sampling.test_given_masks import save, save_image
+from tests.runtime.sampling.inputs.test_given_masks import save, save_image
+from tests.runtime.sampling.inputs.test_placement import blob
 from tests.runtime.sampling.test_grid import Placed
-from tests.runtime.sampling.test_placement import blob
 
 SEED = 6
 

@@ -11,8 +11,8 @@ import pytest
 from busigen.errors import IntegrityError
 from busigen.runtime.dataset.format import SampleBatch, batches_of
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.sampling import sampler as sampler_module
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling import graphs as graphs_module
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import WINDOW_BATCHES, Sampler
 from tests.harness.hashing import hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
@@ -97,7 +97,7 @@ def test_tokens_of_a_healthy_image_are_computed_once(synthetic_busi: Path, monke
     assert len({image.tobytes() for image in engine.whole}) <= len(healthy) < 40
     # Every call has two rows at least, and two batches may need one image at the same time.
     assert len(engine.whole) <= 3 * len(healthy)
-    monkeypatch.setattr(sampler_module, "CACHED_TOKENS", 0)
+    monkeypatch.setattr(graphs_module, "CACHED_TOKENS", 0)
     engine = QuickEngine()
     assert_same(streamed(quick_sampler(engine, healthy=healthy)), generated)
     assert len(engine.whole) >= 40

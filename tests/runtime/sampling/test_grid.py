@@ -22,12 +22,12 @@ from busigen.runtime.execution.run import GenerateOptions, SourceOptions
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.grid import HELD, Grid, levels_of
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.hashing import hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.runtime.maintenance.test_given_masks import change
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 
 SEED = 4
 VARY = "class,birads=3/5"
@@ -165,9 +165,9 @@ def test_record_command_and_sheet_say_what_was_varied(tmp_path: Path) -> None:
         ("class,class", "twice"),
         ("size=0.02", "a single one"),
         ("size=0.02/0.02", "a level twice"),
-        ("size=0.02/7", "--size is '7'"),
-        ("size=0.02/0.01:0.03", "is a range"),
-        ("birads=2/9", "--birads is '9'"),
+        ("size=0.02/7", "--vary size='7'. Give single numbers from 0.003 to 0.4"),
+        ("size=0.02/0.01:0.03", "single numbers"),
+        ("birads=2/9", "--vary birads='9'"),
         ("class=benign/normal", "class='normal'"),
         ("class,birads,size,depth", "makes 72 combinations"),
         ("", "--vary names ''"),

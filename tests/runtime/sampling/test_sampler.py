@@ -29,7 +29,7 @@ from busigen.runtime.dataset.format import Sample, SampleBatch
 from busigen.runtime.diagnostics.bench import ReplayBackend
 from busigen.runtime.sampling import quality_gates
 from busigen.runtime.sampling.conditions import class_at, parse_conditions
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import MAX_ATTEMPTS, Sampler
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.synthetic_datasets import draw_frame

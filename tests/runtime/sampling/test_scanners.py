@@ -26,7 +26,7 @@ from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.batching import DrawRequest
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.made_bundles import loaded, saved, stated, written
 

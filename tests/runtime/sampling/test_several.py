@@ -19,11 +19,11 @@ from busigen.runtime.dataset.format import Sample
 from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.sampling.batching import DrawRequest
 from busigen.runtime.sampling.conditions import SampleConditions, parse_conditions, parse_lesions
-from busigen.runtime.sampling.healthy_images import HealthyFolder, synthetic
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder, synthetic
 from busigen.runtime.sampling.sampler import Sampler
 from busigen.runtime.sampling.several import free_place
 from tests.harness.quick_engine import QuickEngine, quick_sampler
-from tests.runtime.sampling.test_given_masks import save_image
+from tests.runtime.sampling.inputs.test_given_masks import save_image
 from tests.runtime.sampling.test_grid import Placed
 
 SEED = 6
@@ -139,11 +139,16 @@ def test_stage_1_sees_no_lesion_and_the_painting_stages_those_that_are_there() -
     assert len(found.samples) <= len(painted) <= len(backgrounds)
 
 
-def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_the_end() -> None:
+def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     crowded = parse_conditions(size="0.1", depth="0.4", across="0.4:0.6", height_width="0.7")
     with pytest.raises(AcceptanceError, match="lesions too near") as caught:
         draw(several(mix="2", asked=crowded), 1)
     assert "ask for less" in caught.value.fix
+    assert caplog.messages == [
+        "sample 0 was refused 8 times, last for: lesions too near. Drawing goes on, 64 times at most, and takes longer"
+    ]
     tight = parse_conditions(size="0.04", depth="0.4", across="0.1:0.9", height_width="0.7")
     found = several(mix="2", asked=tight).draw(SEED, range(8), lambda done: None)
     assert "lesions too near" not in {draw.reason for draw in found.rejections}

@@ -15,6 +15,7 @@ import pytest
 
 from tests.harness.browser import DESKTOP, PHONE, accessibility_faults, browser, needs_browser
 from tests.harness.command import run
+from tests.harness.several_lesions import written
 from tests.runtime.viewing.conftest import HOSTILE, serving
 
 if TYPE_CHECKING:
@@ -268,6 +269,23 @@ def test_one_pair_large(opened: Callable[[str], Shown], plain: Path) -> None:
     expect(page.get_by_role("dialog", name="000000009")).to_be_visible()
     page.get_by_role("button", name="Close").click()
     expect(page.get_by_role("dialog")).to_be_hidden()
+
+
+def test_lesions_of_a_pair_with_several_are_told_one_by_one(context: BrowserContext, tmp_path: Path) -> None:
+    out = written(tmp_path / "set")
+    assert run("view", out, "--html", tmp_path / "page.html").returncode == 0
+    rows = pl.read_parquet(out / "manifest.parquet").sort("lesions").rows(named=True)
+    page, address = context.new_page(), (tmp_path / "page.html").as_uri()
+    page.goto(f"{address}#{urlencode({'pair': rows[-1]['key']})}")
+    told = page.locator("#lesions li")
+    expect(told).to_have_count(rows[-1]["lesions"])
+    for number, one in enumerate(told.all(), start=1):
+        box = f"{rows[-1][f'lesion_{number}_box_left']} to {rows[-1][f'lesion_{number}_box_right']} across"
+        expect(one).to_contain_text(f"{rows[-1][f'lesion_{number}_pixels']} pixels, {box}")
+    tiles = page.locator("#grid .caption")
+    expect(tiles.filter(has_text=rows[-1]["key"])).to_contain_text("3 lesions")
+    expect(tiles.filter(has_text=rows[0]["key"])).not_to_contain_text("lesion")
+    page.close()
 
 
 def test_an_address_leads_to_a_pair_and_its_page(opened: Callable[[str], Shown]) -> None:

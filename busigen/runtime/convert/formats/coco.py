@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from busigen.registry import LESION_CLASSES, RESOLUTION
 from busigen.runtime.convert.base import Entries, Format, Pair, write_stream
 from busigen.runtime.convert.outlines import polygons
-from busigen.runtime.dataset.format import lesion_slots
 from busigen.runtime.dataset.shards import lesion_box
 
 _FILES = {"rle": "instances", "polygons": "polygons"}  # Beginnings of the files' names.
@@ -24,12 +24,7 @@ class Converter(Format):
         """Write the image as it is."""
         place = f"images/{pair.split}" if pair.split else "images"
         self.target.write(f"{place}/{pair.name}.png", pair.image_png)
-        # Of several lesions to an image, each takes one of so many numbers.
-        most = lesion_slots(self.job.types) or 1
-        lesions = [
-            {"id": pair.number * most + number, "category": pair.class_index + 1, **_lesion(mask)}
-            for number, mask in enumerate(pair.masks, start=1)
-        ]
+        lesions = [{"category": pair.class_index + 1, **_lesion(mask)} for mask in pair.masks]
         return {"split": pair.split, "id": pair.number + 1, "file": f"{pair.name}.png", "lesions": lesions}
 
     def finish(self, entries: Entries) -> None:
@@ -66,9 +61,10 @@ def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
         for entry in entries
         if entry["split"] == split
     )
+    numbers = count(1)
     annotations = (
         {
-            "id": lesion["id"],
+            "id": number,
             "image_id": entry["id"],
             "category_id": lesion["category"],
             "area": lesion["area"],
@@ -78,7 +74,7 @@ def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
         }
         for entry in entries
         if entry["split"] == split
-        for lesion in entry["lesions"]
+        for lesion, number in zip(entry["lesions"], numbers, strict=False)
     )
     categories = [
         {"id": number, "name": name, "supercategory": "lesion"} for number, name in enumerate(LESION_CLASSES, start=1)

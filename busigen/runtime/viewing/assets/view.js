@@ -91,7 +91,9 @@
       async list(state) {
         const found = ordered(state);
         const first = (state.page - 1) * state.per;
-        const tile = (pair) => ({ name: pair.name, class: cell(pair, "class"), value: cell(pair, state.sort) });
+        const tile = (pair) => ({
+          name: pair.name, class: cell(pair, "class"), lesions: cell(pair, "lesions"), value: cell(pair, state.sort),
+        });
         return { total: found.length, pairs: found.slice(first, first + state.per).map(tile) };
       },
       async pair(state) {
@@ -239,6 +241,7 @@
 
   function tile(pair) {
     const caption = made("span", "caption", "", made("span", "key", pair.name), " ", labelled(pair.class));
+    if (pair.lesions > 1) caption.append(made("span", "value", `${pair.lesions} lesions`));
     if (state.sort && state.sort !== "class") {
       caption.append(made("span", "value", `${state.sort} ${short(pair.value)}`));
     }
@@ -326,6 +329,18 @@
     return [made("ol", "", "", ...list.map((draw) => made("li", "", `${draw.class}: ${draw.reason}`)))];
   }
 
+  /** What a row says of each lesion, where it says it of several. */
+  function lesions(row) {
+    const found = [];
+    while (row.lesions > 1 && typeof row[`lesion_${found.length + 1}_pixels`] === "number") {
+      const of = (name) => short(row[`lesion_${found.length + 1}_${name}`]);
+      const box = `${of("box_left")} to ${of("box_right")} across, ${of("box_top")} to ${of("box_bottom")} down`;
+      const shape = `area share ${of("area_share")}, height/width ${of("height_width")}`;
+      found.push(made("li", "", `${of("pixels")} pixels, ${box}; ${shape}`));
+    }
+    return found;
+  }
+
   async function showPair() {
     const dialog = $("pair");
     if (!state.pair) {
@@ -341,7 +356,8 @@
     try {
       pair = await source.pair(state);
     } catch (error) {
-      for (const id of ["pictures", "refused", "row"]) $(id).replaceChildren();
+      for (const id of ["pictures", "lesions", "refused", "row"]) $(id).replaceChildren();
+      $("several").hidden = true;
       $("pair-place").textContent = "";
       neighbours = { before: null, after: null };
       takeStep();
@@ -358,6 +374,8 @@
     $("pictures").replaceChildren(
       figure("image", "Image"), ...(pair.beside === null ? [] : [figure("healthy", pair.beside)]), figure("mask", "Mask"),
     );
+    $("lesions").replaceChildren(...lesions(pair.row));
+    $("several").hidden = !$("lesions").childElementCount;
     $("refused").replaceChildren(...refusals(pair.refused));
     $("row").replaceChildren(...Object.entries(pair.row).map(([name, value]) => {
       const head = made("th", "", name);

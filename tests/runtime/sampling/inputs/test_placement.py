@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from busigen.data.letterbox import fit, letterbox_mask
-from busigen.runtime.sampling.placement import Placement, moved_inside, place
+from busigen.runtime.sampling.inputs.placement import Placement, moved_inside, place
 
 SHAPES = ((256, 256), (310, 190), (719, 1048), (40, 33), (90, 400))
 

@@ -18,14 +18,14 @@ from busigen.errors import AcceptanceError, InputError, IntegrityError, UsageErr
 from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.execution.run import SourceOptions
-from busigen.runtime.sampling.given_masks import MaskFolder
-from busigen.runtime.sampling.healthy_images import HealthyFolder
-from busigen.runtime.sampling.placement import Placement
+from busigen.runtime.sampling.inputs.given_masks import MaskFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.placement import Placement
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.hashing import hashes
 from tests.harness.quick_engine import QuickEngine, quick_sampler
 from tests.harness.synthetic_datasets import draw_frame
-from tests.runtime.sampling.test_placement import blob
+from tests.runtime.sampling.inputs.test_placement import blob
 
 SEED = 5
 

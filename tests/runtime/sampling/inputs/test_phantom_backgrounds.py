@@ -26,7 +26,7 @@ from busigen.runtime.maintenance.explain import explain
 from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.maintenance.verify import verify
 from busigen.runtime.progress import Progress
-from busigen.runtime.sampling.backgrounds import AskedTissue, phantom_at
+from busigen.runtime.sampling.inputs.backgrounds import AskedTissue, phantom_at
 from busigen.runtime.sampling.sampler import Sampler
 from tests.harness.made_bundles import plain
 

@@ -17,8 +17,8 @@ from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import InputError, IntegrityError
 from busigen.runtime.execution.factory import generate
-from busigen.runtime.sampling import healthy_images as healthy_module
-from busigen.runtime.sampling.healthy_images import HealthyFolder, synthetic
+from busigen.runtime.sampling.inputs import healthy_images as healthy_module
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder, synthetic
 from tests.harness.hashing import hash_of
 from tests.harness.noise_source import NoiseSource
 from tests.harness.synthetic_datasets import draw_frame

@@ -13,7 +13,7 @@ from busigen.errors import UsageError
 from busigen.phantoms.distribution import Phantom, Phantoms, numbers_for
 from busigen.phantoms.tissue import OUTSIDE, PARAMETERS, Canvas, Tissue
 from busigen.runtime.sampling.conditions import range_text, range_within
-from busigen.runtime.sampling.healthy_images import Healthy
+from busigen.runtime.sampling.inputs.healthy_images import Healthy
 from busigen.runtime.sampling.noise import normal
 
 DENSITIES = {"A": (0.0, 0.25), "B": (0.25, 0.5), "C": (0.5, 0.75), "D": (0.75, 1.0)}

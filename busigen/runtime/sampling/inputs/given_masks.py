@@ -28,8 +28,8 @@ from busigen.registry import LESION_CLASSES
 from busigen.runtime.backends.bundle_record import LEAST_FRAME
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.conditions import class_at
-from busigen.runtime.sampling.healthy_images import HealthyFolder
-from busigen.runtime.sampling.placement import Placement
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.placement import Placement
 from busigen.runtime.sampling.quality_gates import AREA_RANGE
 from busigen.text import install_command, printable
 

@@ -24,7 +24,7 @@ ROOM = 640 << 20
 LIMITED = f"""
 import json, logging, resource, sys
 from pathlib import Path
-from busigen.runtime.sampling.healthy_images import HealthyFolder
+from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + {ROOM},) * 2)
