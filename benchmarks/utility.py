@@ -180,10 +180,10 @@ class Study:
                 among = np.isin(tested, rows)
                 here = {arm: [one[among] for one in found] for arm, found in counts.items()}
                 report[name] = self.figures(self.images.take(rows), here, references)
-            text = json.dumps(report, indent=1)
-            print(text, flush=True)
+            for name, arm in product(tests, counts):
+                print(name, arm, json.dumps(report[name][arm]["all lesions"]), flush=True)
             self.options.results.mkdir(parents=True, exist_ok=True)
-            (self.options.results / f"utility_{self.options.part}.json").write_text(text + "\n")
+            (self.options.results / f"utility_{self.options.part}.json").write_text(json.dumps(report, indent=1) + "\n")
 
     def figures(self, images: ImageSet, counts: dict[str, list[Counts]], references: dict[str, str]) -> Figures:
         """Every arm's figures, what it gains over its reference, and that as a share of what real images gain."""
