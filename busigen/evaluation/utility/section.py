@@ -151,10 +151,10 @@ def _on(
 
     for name, seeds in scores.items():
         mine = averages[name]
-        add(name, "dice", "Dice", _mean_of(mine[rows]), rows, headline=not external and name == REAL)
-        add(name, "f1", "Pooled F1 of lesion images", _f1_of([counts[rows] for counts in seeds]), rows)
-        for stratum, members in _strata(real, rows).items():
-            add(name, f"{stratum.replace(' ', '_')}.dice", "Dice", _mean_of(mine[members]), members, f", {stratum}")
+        add(name, "dice", "Dice", mean_of(mine[rows]), rows, headline=not external and name == REAL)
+        add(name, "f1", "Pooled F1 of lesion images", f1_of([counts[rows] for counts in seeds]), rows)
+        for stratum, members in strata(real, rows).items():
+            add(name, f"{stratum.replace(' ', '_')}.dice", "Dice", mean_of(mine[members]), members, f", {stratum}")
         for reference in (REAL, CLASSIC):
             if reference in scores and name not in (REAL, reference):
                 difference = (mine - averages[reference])[rows]
@@ -165,23 +165,25 @@ def _on(
                     "note": "The floor is what another seed alone changes. P by paired Wilcoxon over groups.",
                 }
                 key, label = f"gain_over_{reference}", f"Dice gained over '{ARMS[reference].label}'"
-                add(name, key, label, _mean_of(difference), rows, **about)
+                add(name, key, label, mean_of(difference), rows, **about)
         if len(normals):
-            share = _mean_of(np.mean([counts[normals, 1] >= least for counts in seeds], axis=0), scale=100.0)
+            share = mean_of(np.mean([counts[normals, 1] >= least for counts in seeds], axis=0), scale=100.0)
             key, label = "normals.false_positives", "Normals with a false lesion"
             add(name, key, label, share, normals, unit="%", better="lower")
     return figures
 
 
-def _mean_of(values: Floats, *, scale: float = 1.0) -> Callable[[Rows], float]:
+def mean_of(values: Floats, *, scale: float = 1.0) -> Callable[[Rows], float]:
+    """The mean of some rows of ``values``, times ``scale``."""
     return lambda rows: scale * float(values[rows].mean())
 
 
-def _f1_of(seeds: list[Counts]) -> Callable[[Rows], float]:
+def f1_of(seeds: list[Counts]) -> Callable[[Rows], float]:
+    """The pooled F1 of some rows, averaged over seeds."""
     return lambda rows: float(np.mean([training.pooled_f1(counts[rows]) for counts in seeds]))
 
 
-def _strata(real: ImageSet, rows: Rows) -> dict[str, Rows]:
+def strata(real: ImageSet, rows: Rows) -> dict[str, Rows]:
     """Test lesions per class, and by thirds of lesion area."""
     area = np.asarray(real.masks[rows].sum(axis=(1, 2)), np.float64)
     third = np.searchsorted(np.quantile(area, [1 / 3, 2 / 3]), area)
@@ -194,7 +196,7 @@ def _seed_floor(seeds: list[Counts], rows: Rows, groups: Rows, rng: np.random.Ge
     """What another seed changes: zero, plus and minus the largest end of any seed pair's interval."""
     ends = []
     for first, second in combinations(seeds, 2):
-        span = bootstrap(_mean_of((dice(second) - dice(first))[rows]), rng, groups)
+        span = bootstrap(mean_of((dice(second) - dice(first))[rows]), rng, groups)
         ends += [abs(span.low or 0.0), abs(span.high or 0.0)]
     return Interval(0.0, -max(ends), max(ends)) if ends else None
 
