@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx.external_data_helper import load_external_data_for_model
 
+from busigen.data.geometry import edit_region
 from busigen.errors import IntegrityError, OutputError
 from busigen.export.import_bundle import opened_base, restore
 from busigen.export.parity import TorchBackend
@@ -50,11 +51,14 @@ def test_the_restored_networks_draw_what_the_bundle_draws(restored: Path) -> Non
         for backend in (OnnxBackend(bundle), TorchBackend(networks))
     ]
     for ours, theirs in zip(*generated, strict=True):
-        # Two engines round differently in the sixth decimal: a pixel on the outline's edge, a grey level on .5.
+        # Two engines round differently in the sixth decimal: a pixel on the outline's edge, a grey level on .5. Where a
+        # pixel of the outline is another, the region to paint is shown another mask, and all of it moves a little: the
+        # same noise gives about one grey level there, other noise or another class more than ten.
         assert int((ours.mask ^ theirs.mask).sum()) <= 0.02 * ours.mask.sum()
-        near = np.abs(ours.image.astype(int) - theirs.image) <= 2
-        # A phantom's streaks are steeper than what the prior draws by itself, and so is what an edge moves.
-        assert near.mean() > 0.99
+        apart = np.abs(ours.image.astype(int) - theirs.image)
+        painted = edit_region(ours.mask | theirs.mask, np.ones_like(ours.mask))
+        assert (apart[~painted] <= 1).mean() > 0.999
+        assert apart[painted].mean() < 3.0
 
 
 def stored_in(graph: str) -> dict[str, np.ndarray]:
