@@ -6,6 +6,7 @@ Lesion images of the training split keep their backgrounds and outlines. *autoen
 its lesion, decoded and pasted back; *repainted* has it painted anew by stages 2 and 3. The audit's classifiers
 (``--quick``) and the radiomic judge tell each from the held-out images; *real* is what they make of the same images
 unchanged, and more than 0.5 where the two sides are of different hospitals (``--train-source``, ``--held-out-source``).
+Where the bundle knows an image's scanner, it is told; ``--scanner`` takes images of one alone.
 Stages and decoder learnt from these images, so held-out ones might fare worse.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -50,47 +51,55 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=400, help="training images, spread over the split")
     parser.add_argument("--train-source", help="busi or busbra; both, if left out")
     parser.add_argument("--held-out-source", help="likewise")
+    parser.add_argument("--scanner", help="of both sides' images; all, if left out")
     parser.add_argument("--out", type=Path, default=Path("out/gap"), help="folder for the section's pictures")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
     prepared = Prepared.open(options.data)
-    train = lesions(prepared, ("train",), options.train_source)
+    train = lesions(prepared, ("train",), options.train_source, options.scanner)
     train = train.take(np.linspace(0, len(train) - 1, min(options.count, len(train))).round().astype(int))
-    held_out = lesions(prepared, ("val", "test"), options.held_out_source)
+    held_out = lesions(prepared, ("val", "test"), options.held_out_source, options.scanner)
     bundle = Bundle.open(options.bundle)
     backend = OnnxBackend(bundle)
     sampler = Sampler(bundle, backend, classes=dict.fromkeys(LESION_CLASSES, 0.5), batch_size=BATCH)
     arms: dict[str, Callable[[Sequence[Draft]], Images]] = {
         "real": lambda drafts: [draft.healthy.pixels for draft in drafts],
-        "autoencoded": lambda drafts: autoencoded(backend, drafts),
+        "autoencoded": lambda drafts: autoencoded(sampler, drafts),
         # The sampler's own, because what it does with each stage's answer is to be judged, too.
         "repainted": lambda drafts: sampler.graphs.images(0, drafts),
     }
     report: dict[str, Any] = {
+        "bundle": bundle.sha256,
         "sources": [options.train_source, options.held_out_source],
+        "scanner": options.scanner,
         "images": len(train),
         "held_out": len(held_out),
     }
     for name, arm in arms.items():
-        made = replace(train, images=changed(train, arm))
+        made = replace(train, images=changed(train, arm, bundle.scanners))
         report[name] = figures(made, held_out, options.out)
         print(name, json.dumps(report[name]), flush=True)
     options.results.parent.mkdir(exist_ok=True)
     options.results.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def lesions(prepared: Prepared, splits: tuple[str, ...], source: str | None) -> ImageSet:
+def lesions(prepared: Prepared, splits: tuple[str, ...], source: str | None, scanner: str | None) -> ImageSet:
     """Lesion images of the splits, overlays painted over, each a background of its own."""
     found = from_prepared(prepared, splits, lesions_only=True).without_overlays()
-    table = found.table.with_columns(pl.lit(SYNTHETIC).alias("background"))
+    told = prepared.table.select("id", "scanner")
+    table = found.table.with_columns(pl.lit(SYNTHETIC).alias("background")).join(told, on="id", maintain_order="left")
     found = replace(found, table=table, clean=None)
-    return found if source is None else found.take(table["id"].str.starts_with(f"{source}/").to_numpy())
+    wanted = table["id"].str.starts_with("" if source is None else f"{source}/")
+    if scanner is not None:
+        wanted &= (table["scanner"] == scanner).fill_null(False)
+    return found.take(wanted.to_numpy())
 
 
-def changed(images: ImageSet, arm: Callable[[Sequence[Draft]], Images]) -> NDArray[np.uint8]:
+def changed(images: ImageSet, arm: Callable[[Sequence[Draft]], Images], scanners: Collection[str]) -> NDArray[np.uint8]:
     """The images after an arm, in batches of one class and window."""
     drafts = []
+    names = [name if name in scanners else None for name in images.table["scanner"]]
     for position, (pixels, mask, valid) in enumerate(zip(images.images, images.masks, images.valid, strict=True)):
         edit = edit_region(mask, valid)
         drafts.append(
@@ -99,7 +108,7 @@ def changed(images: ImageSet, arm: Callable[[Sequence[Draft]], Images]) -> NDArr
                 attempt=0,
                 position=position,
                 label=str(images.classes[position]),
-                healthy=Healthy(pixels, valid, {}),
+                healthy=Healthy(pixels, valid, {"scanner": names[position]}),
                 mask=mask,
                 edit=edit,
                 window=window_for(edit),
@@ -120,15 +129,17 @@ def _kind(draft: Draft) -> tuple[str, int]:
     return draft.label, draft.window.side
 
 
-def autoencoded(backend: OnnxBackend, drafts: Sequence[Draft]) -> Images:
+def autoencoded(sampler: Sampler, drafts: Sequence[Draft]) -> Images:
     """The edit regions encoded with what they hold, decoded and pasted back."""
     windows = [draft.window for draft in drafts if draft.window is not None]
     masks = [draft.mask for draft in drafts if draft.mask is not None]
     side = windows[0].side
     pixels = cut([to_unit(draft.healthy.pixels) for draft in drafts], windows)
     noise = np.random.default_rng(drafts[0].index).standard_normal(pixels.shape, dtype=np.float32)
-    latents = backend.run(f"encoder@{side}", {"pixels": pixels})
-    decoded = backend.run(f"decoder@{side}", {"latents": latents, "noise": noise, "mask": cut(masks, windows)})
+    graphs, count = sampler.graphs, len(drafts)
+    latents = graphs.run(f"encoder@{side}", BATCH, count, pixels=pixels)
+    shown = {"mask": cut(masks, windows), "scanner": graphs.told(draft.healthy.row["scanner"] for draft in drafts)}
+    decoded = graphs.run(f"decoder@{side}", BATCH, count, latents=latents, noise=noise, **shown)
     return [
         paste(draft.healthy.pixels, new[0], draft.edit, window)
         for draft, new, window in zip(drafts, decoded, windows, strict=True)

@@ -56,7 +56,7 @@ class Graphs:
         noise, styles = _noise(seed, batch, "prior", self.bundle.background_shape), self.bundle.styles
         if styles is not None:
             noise = styled(noise, styles, _noise(seed, batch, "style", styles.shape[1:]))
-        inputs = {"noise": noise, "frame": np.array(places, np.float32), "scanner": self._told(scanners)}
+        inputs = {"noise": noise, "frame": np.array(places, np.float32), "scanner": self.told(scanners)}
         if starts:
             inputs["start"] = self.run(f"encoder@{RESOLUTION}", full, count, pixels=_pictures(starts))
         latents = self.run("prior", full, count, **inputs)
@@ -97,7 +97,7 @@ class Graphs:
             "known": known,
             "mask": shown_at(shown, mask),
             "edit": edit,
-            "scanner": self._told(draft.healthy.row.get("scanner") for draft in batch),
+            "scanner": self.told(draft.healthy.row.get("scanner") for draft in batch),
         }
 
         def stage(name: str, painted: Any, ring: Floats) -> Any:
@@ -143,7 +143,7 @@ class Graphs:
                 self._token_cache.popitem(last=False)
         return np.stack([found[key] for key in keys])
 
-    def _told(self, names: Iterable[str | None]) -> Floats:
+    def told(self, names: Iterable[str | None]) -> Floats:
         """Scanners as graphs are told them, ``(B, SCANNERS)``."""
         known = list(self.bundle.scanners)
         told = np.zeros((len(rows := list(names)), SCANNERS), np.float32)
