@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="what `busigen generate` wrote, on synthetic backgrounds")
     parser.add_argument("--in-real", type=Path, help="the same, painted into healthy images of the training split")
     parser.add_argument("--images", type=int, default=100, help="real training images of choose")
-    parser.add_argument("--ratio", type=float, default=1.0, help="pairs for each real image in curve")
+    parser.add_argument("--ratio", type=float, default=1.0, help="pairs for each real image in curve, if there are")
     parser.add_argument("--further", type=int, default=300, help="pairs or real images of the other hospital")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=quick.steps, help="of every training")
@@ -112,11 +112,11 @@ class Study:
         def jobs(seed: int) -> list[Job]:
             real = self.images.take(self.some(train, self.options.images, seed))
             with_pairs = (
-                Job(f"{ratio:g} x on {name} backgrounds", real, "real", pairs, round(ratio * len(real)))
+                Job(f"{ratio:g} x on {name} backgrounds", real, "real alone", pairs, round(ratio * len(real)))
                 for ratio, (name, pairs) in product(RATIOS, sets.items())
                 if pairs is not None
             )
-            return [Job("real", real), *with_pairs]
+            return [Job("real alone", real), *with_pairs]
 
         self.run(jobs, {"validation": test})
 
@@ -130,7 +130,7 @@ class Study:
                 real = self.images.take(self.some(train, size, seed))
                 found.append(Job(f"{size} real", real))
                 if pairs is not None:
-                    count = round(self.options.ratio * size)
+                    count = min(round(self.options.ratio * size), len(pairs))
                     found.append(Job(f"{size} real + {count} pairs", real, f"{size} real", pairs, count))
             return found
 
