@@ -132,7 +132,7 @@ def test_the_folder_of_another_run_is_refused_with_the_difference(dataset: Path,
     assert "healthy" not in done.stderr.replace(line, ""), (
         "what is known without the images is said before reading them"
     )
-    assert "(--healthy: normal -> synthetic)" in error_line(run(*command), 4)
+    assert "(--healthy: normal -> synthetic" in error_line(run(*command), 4)
     other = Path(shutil.copytree(healthy, tmp_path / "other"))
     next(other.glob("*3).png")).unlink()
     assert "(--healthy: normal -> other)" in error_line(run(*command, "--healthy", other), 4)

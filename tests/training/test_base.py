@@ -173,7 +173,7 @@ def test_an_own_folders_adapters_are_validated_on_its_held_out_images(tmp_path: 
     """The recipe of a whole run prefers BUSI for them, of which an own folder has nothing."""
     prepare([draw_pairs(tmp_path / "clinic", seed=5, count=12)], tmp_path / "prepared", seed=4)
     prepared = Prepared.open(tmp_path / "prepared")
-    spec = next(task for task in recipe_for("tiny").tasks if task.name == f"lesion-{label}")
+    spec = next(task for task in recipe_for("tiny").tasks if task.name == f"mask-{label}")
     assert spec.sources == ("busi",)
     setting = TaskContext(prepared, None, torch.device("cpu"), 0, lambda what: lambda done, total: None, tmp_path)
     for split in ("train", "val"):
