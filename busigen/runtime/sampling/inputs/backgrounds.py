@@ -21,7 +21,7 @@ DENSITIES = {"A": (0.0, 0.25), "B": (0.25, 0.5), "C": (0.5, 0.75), "D": (0.75, 1
 
 TISSUE_MEASURES = ("density", "chest_wall")  # A phantom's measures, which are columns of the manifest.
 WALLS = (0.3, 0.95)  # Least and greatest depth of the chest wall that can be asked for.
-TRIES = 200  # Sets of parameters among which one that fits is looked for; after that, the nearest is taken.
+TRIES = 400  # Sets of parameters among which one that fits is looked for; after that, the nearest is taken.
 _WALL = f"Give the depth of the muscle's fascia as a share of the image's height, from {WALLS[0]:g} to {WALLS[1]:g}"
 
 
