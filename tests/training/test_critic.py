@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from busigen.training.networks.critics import Critic, contest
+from busigen.training.networks.autoencoder import Critic
 
 CHANNELS = (4, 8, 8, 8)
 
@@ -22,7 +22,7 @@ def test_it_learns_to_tell_a_blur_from_grains_of_the_same_contrast() -> None:
     critic, generator = Critic(4, CHANNELS), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
     for _ in range(60):
-        _, loss = contest(critic, *textures(generator))
+        _, loss = critic.contest(*textures(generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -36,7 +36,7 @@ def test_each_side_is_trained_by_its_own_loss_alone() -> None:
     critic = Critic(4, CHANNELS)
     generated, real, latents = textures(torch.Generator().manual_seed(0))
     gain = torch.ones((), requires_grad=True)
-    ours, critics = contest(critic, gain * generated, real, latents)
+    ours, critics = critic.contest(gain * generated, real, latents)
     assert gain.grad is None
     ours.backward()
     assert gain.grad is not None and gain.grad.abs() > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,23 @@ COUNT = len(ATTRIBUTES)
 LENGTH = COUNT + 24
 
 
-def codes(count: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
-    found = torch.randn(count, LENGTH, generator=torch.Generator().manual_seed(seed)) * scale
+def outlines_of(components: int) -> Callable[[torch.Tensor], list[Mask]]:
+    """What gives the lesions of codes in a space of so many components."""
+    rng = np.random.default_rng(0)
+    space = OutlineSpace(components, 48)
+    space.fit([blob(rng) for _ in range(60)])
+    nothing = torch.zeros(1, ASKED_LENGTH)
+
+    def outlined(found: torch.Tensor) -> list[Mask]:
+        distances = space.distance(found, nothing.expand(len(found), -1))
+        masks = [largest_component(distance[0].numpy() > 0) for distance in distances]
+        return [mask for mask in masks if mask.sum() > 64]
+
+    return outlined
+
+
+def codes(count: int, seed: int, scale: float = 1.0, shift: float = 0.0, length: int = LENGTH) -> torch.Tensor:
+    found = torch.randn(count, length, generator=torch.Generator().manual_seed(seed)) * scale
     found[:, :COUNT] += shift
     return found
 
@@ -63,15 +80,7 @@ def test_too_few_lesions_change_nothing() -> None:
 def test_outlines_that_are_too_smooth_become_as_ragged_as_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each evaluation draws 72 outlines; 24 are enough to be much nearer. Two samples of 72 differ by chance as well.
     monkeypatch.setattr(outline_spread, "EVALUATIONS", 24)
-    rng = np.random.default_rng(0)
-    space = OutlineSpace(24, 48)
-    space.fit([blob(rng) for _ in range(60)])
-    nothing = torch.zeros(1, ASKED_LENGTH)
-
-    def outlined(found: torch.Tensor) -> list[Mask]:
-        distances = space.distance(found, nothing.expand(len(found), -1))
-        masks = [largest_component(distance[0].numpy() > 0) for distance in distances]
-        return [mask for mask in masks if mask.sum() > 64]
+    outlined = outlines_of(24)
 
     ragged = codes(72, 1, scale=0.6)
     ragged[:, COUNT + 4 :] *= 3.0
@@ -93,19 +102,10 @@ def test_outlines_that_are_too_smooth_become_as_ragged_as_real_ones(monkeypatch:
 
 def test_what_a_hand_leaves_on_an_outline_is_distributed_as_in_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outline_spread, "EVALUATIONS", 30)
-    rng = np.random.default_rng(0)
-    space = OutlineSpace(160, 48)
-    space.fit([blob(rng) for _ in range(60)])
-    nothing = torch.zeros(1, ASKED_LENGTH)
-
-    def outlined(found: torch.Tensor) -> list[Mask]:
-        distances = space.distance(found, nothing.expand(len(found), -1))
-        masks = [largest_component(distance[0].numpy() > 0) for distance in distances]
-        return [mask for mask in masks if mask.sum() > 64]
+    outlined = outlines_of(160)
 
     def drawn(seed: int, finest: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        found = 0.6 * torch.randn(72, COUNT + 160, generator=generator)
+        found = codes(72, seed, scale=0.6, length=COUNT + 160)
         found[:, COUNT + FINEST :] *= finest
         return found
 

@@ -230,19 +230,9 @@ def _history(folder: Path, recorded: Recorded, bundle: Bundle | None) -> dict[st
 
 def _lesions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Pixels, box and attributes of each of a sample's lesions, where a row may say them of several."""
-    names = (
-        "pixels",
-        "box_left",
-        "box_top",
-        "box_right",
-        "box_bottom",
-        "area_share",
-        "across",
-        "depth",
-        "height_width",
-    )
-    found = [{name: row.get(f"lesion_{number}_{name}") for name in names} for number in range(1, MAX_LESIONS + 1)]
-    return [lesion for lesion in found if lesion["pixels"] is not None]
+    prefixes = [f"lesion_{number}_" for number in range(1, MAX_LESIONS + 1)]
+    found = [{k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)} for prefix in prefixes]
+    return [lesion for lesion in found if lesion.get("pixels") is not None]
 
 
 @dataclass(frozen=True)

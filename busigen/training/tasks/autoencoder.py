@@ -16,24 +16,12 @@ from torch.nn import functional as F
 from busigen.data.geometry import GRAIN_SCALE, Mask, around
 from busigen.mtf import KNOTS, LARGEST_GAIN, Transfer, detail, passed
 from busigen.noise_styles import Floats, bounded, fitted
-from busigen.registry import (
-    BACKGROUND_SPECKLE,
-    LATENT_FACTOR,
-    MASK_CHANNELS,
-    RESOLUTION,
-    SCANNERS,
-    SPECKLE_GAIN,
-)
+from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SCANNERS, SPECKLE_GAIN
 from busigen.training import losses
 from busigen.training.examples import ANY_SHARE, Frame, Frames, to_tensor, told
 from busigen.training.losses import FEATURES, Discriminant, Texture, large_enough, patches, profile
-from busigen.training.networks.build import (
-    MaskedAutoencoder,
-    mask_condition,
-    region_condition,
-    scanner_condition,
-)
-from busigen.training.networks.critics import Critic, contest
+from busigen.training.networks.autoencoder import Critic
+from busigen.training.networks.build import MaskedAutoencoder, mask_condition, region_condition, scanner_condition
 from busigen.training.networks.inference import shown
 from busigen.training.recipe import TaskSpec
 from busigen.training.rollouts import SIDE, ZONES, away_from_cuts, letterboxed, rollout_backgrounds, rollout_windows
@@ -153,7 +141,7 @@ class DecoderTask(AutoencoderTask):
     def _contested(self, decoded: Decoded, generator: Generator) -> Tensor:
         first, _, pixels, weight, latents = decoded
         side = LATENT_FACTOR * latents.shape[-1]
-        ours, critics = contest(self.critic, shown(first * weight, side), shown(pixels * weight, side), latents)
+        ours, critics = self.critic.contest(shown(first * weight, side), shown(pixels * weight, side), latents)
         return self._score(decoded, generator) + losses.CRITIC_WEIGHT * ours + critics
 
     def _score(self, decoded: Decoded, generator: Generator) -> Tensor:
@@ -228,8 +216,7 @@ class FinishTask(DecoderTask):
         mean, std = context.networks.latents_mean, context.networks.latents_std
         self.latents_mean, self.latents_std = (part.view(1, -1, 1, 1).to(self.device) for part in (mean, std))
         self.texture = Texture().to(self.device)
-        described = MASK_CHANNELS + 1 + SCANNERS
-        self.judge = Critic(described, pixel_channels=2).to(self.device)
+        self.judge = Critic(MASK_CHANNELS + 1 + SCANNERS, pixel_channels=2).to(self.device)
         groups = ("image", "background", *ZONES)
         self.discriminants: Any = nn.ModuleDict({name: Discriminant(self.texture.features) for name in groups})
         self.discriminants["profile"] = Discriminant(FEATURES)
@@ -305,8 +292,8 @@ class FinishTask(DecoderTask):
     ) -> tuple[Tensor, Tensor]:
         """The losses of the decoder and of the critic that knows mask, edit region and scanner."""
         described = torch.cat((described, scanner_condition(described, told(scanner).to(self.device))), dim=1)
-        ours, theirs = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
-        return contest(self.judge, ours, theirs, described)
+        generated, real = (torch.cat((pixels, mask), dim=1) for pixels in (generated, real))
+        return self.judge.contest(generated, real, described)
 
     def _backgrounds_loss(self, generator: Generator) -> Tensor:
         """Loss of drawn backgrounds, compared with healthy places of real images at the same depth."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from busigen.registry import LATENT_FACTOR
 from busigen.training.examples import window_examples
-from busigen.training.networks.critics import Critic
+from busigen.training.networks.autoencoder import Critic
 from busigen.training.networks.inference import Decoder
 from busigen.training.recipe import TaskSpec
 from busigen.training.tasks import Buckets, Task, TaskContext, grid, nothing_to_train_on, to_pictures
