@@ -3,20 +3,21 @@
 python benchmarks/studies/phantom.py fit --data prepared/ --out results/phantom.json
 python benchmarks/studies/phantom.py judge --data prepared/ --fit results/phantom.json --checkpoint restored/
 
-``fit`` takes the training images without a lesion alone. In each round it draws phantoms from the
-distribution so far, and tells from all that were drawn yet how the features of the figure below go with the parameters
+``fit`` takes the training images without a lesion or with a small one, which is covered: all of them, and then those of
+each scanner, in their own frames. In each round it draws phantoms from the
+distribution so far, and tells from all that were drawn how the features of the figure below go with the parameters
 (linear regression). Then it moves the parameters' mean to where the mean of the features is the images', and gives
 the parameters such variances that the features have the images' (a ridge holds what makes little difference).
 Only means and covariances are kept, so that no row is one patient's. Beside the result it leaves what was
-drawn (`.npz`), by which the same command continues.
+drawn (`.any.npz` and so on), by which the same command continues.
 
-``judge`` compares phantoms with BUSI's normal images in the same frames: squared maximum mean discrepancy (Gaussian
-kernel of the median distance) on the first 24 axes of the audit's scattering features at 64 x 48 pixels, where speckle
-is averaged away (`busigen.evaluation.fidelity.coarse`); beside it the floor of two real halves, of images and of whole
-groups, the same with each image's mean and contrast removed, and the AUC of the audit's ridge. `fitted_together` is the
-audit's figure, with axes fitted on both sets: axes of real images alone find even real ones apart that they have not
-seen. With a checkpoint (`busigen restore`), phantoms are also encoded and decoded, and finished by its prior from
-several times on.
+``judge`` compares phantoms with BUSI's normal images in the same frames, or with all such images of a scanner: squared
+maximum mean discrepancy (Gaussian kernel of the median distance) on the first 24 axes of the audit's scattering
+features at 64 x 48 pixels, where speckle is averaged away (`busigen.evaluation.fidelity.coarse`); beside it the floor
+of two real halves, of images and of whole groups, the same with each image's mean and contrast removed, and the AUC of
+the audit's ridge. `fitted_together` is the audit's figure, with axes fitted on both sets: axes of real images alone
+find even real ones apart that they have not seen. With a checkpoint (`busigen restore`), phantoms are also encoded and
+decoded, and finished by its prior from several times on.
 """
 
 from __future__ import annotations
@@ -25,26 +26,31 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.optimize import lsq_linear
 
 from busigen.data.prepared import Prepared
 from busigen.evaluation.fidelity.coarse import Space, without_contrast
 from busigen.evaluation.fidelity.measures import mmd2
-from busigen.evaluation.realness.classifiers import COARSE, Ridge, Task, auc, folds, scattering_features, shrunk
+from busigen.evaluation.realness.classifiers import Ridge, Task, auc, folds, scattering_features, shrunk
 from busigen.evaluation.statistics.grouped import halves
 from busigen.phantoms.distribution import LIMIT, Phantoms, numbers_for
 from busigen.phantoms.tissue import PARAMETERS, values_of
 from busigen.runtime.sampling.inputs.backgrounds import phantom_at
-from busigen.runtime.sampling.noise import normal
+from busigen.runtime.sampling.noise import sums
 
 SPREAD, VARIANCES = 1.2, (0.1, 2.5)
 """Deviation of parameters before the fit, and least and greatest variance after it."""
+
+SMALL, FEWEST = 0.05, 30
+"""Largest share of an image that a lesion may have, and least number of such images of a scanner."""
 
 STIFFNESS = 0.05
 """How strongly parameters are held where they are, against what they explain of features in units of their variance."""
@@ -52,46 +58,82 @@ STIFFNESS = 0.05
 Floats = NDArray[Any]
 
 
-def healthy_images(prepared: Prepared) -> Iterator[NDArray[np.uint8]]:
-    """Training images without a lesion, within their bars."""
-    table = prepared.table.filter((pl.col("split") == "train") & (pl.col("class") == "normal"))
+def with_tissue(prepared: Prepared) -> pl.DataFrame:
+    """Rows of the images that show no lesion or a small one."""
+    return prepared.table.filter(pl.col("mask_area") < SMALL)
+
+
+def tissue_images(prepared: Prepared, table: pl.DataFrame) -> list[NDArray[np.uint8]]:
+    """Images within their bars; lesions are covered by what is around them."""
+    found = []
     for row in table.iter_rows(named=True):
         frame = np.s_[row["top"] : row["top"] + row["inner_height"], row["left"] : row["left"] + row["inner_width"]]
-        yield np.asarray(prepared.clean[row["row"]])[frame]
+        found.append(covered(np.asarray(prepared.clean[row["row"]])[frame], prepared.masks[row["row"]][frame] > 0))
+    return found
+
+
+def covered(image: NDArray[np.uint8], lesion: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """An image with a smooth surface over the lesion: coarse features see no texture."""
+    hidden = ndimage.binary_dilation(lesion, iterations=4)
+    known = (~hidden).astype(np.float32)
+    smooth, weight = (ndimage.gaussian_filter(part, 10.0) for part in (image * known, known))
+    return np.where(hidden, smooth / np.maximum(weight, 1e-3), image).astype(np.uint8)
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Fit the distribution and write it, after every round; the same command continues."""
-    healthy = list(healthy_images(Prepared.open(options.data)))
-    space = Space(np.stack([shrunk(image) for image in healthy]))
-    frames = [image.shape for image in healthy]
-    mean, factor = np.zeros(len(PARAMETERS)), SPREAD * np.eye(len(PARAMETERS))
-    logits, images = np.zeros((0, len(mean))), np.zeros((0, *COARSE[::-1]), np.uint8)
-    rounds: list[dict[str, Any]] = []
-    kept = options.out.with_suffix(".npz")
-    if options.out.exists():
-        found = json.loads(options.out.read_text())
-        mean, factor, rounds = np.array(found["mean"]), np.array(found["factor"]), found["rounds"]
-        with np.load(kept) as arrays:
-            logits, images = arrays["logits"], arrays["images"]
+    """Fit the distribution of all images, then that of each scanner, and write them; the same command continues."""
+    prepared = Prepared.open(options.data)
+    found = json.loads(options.out.read_text()) if options.out.exists() else {"rounds": {}}
+    count = len(PARAMETERS)
+    unfitted = np.zeros(count), SPREAD * np.eye(count)
+    table = with_tissue(prepared).filter(pl.col("split") == "train")
+    known = sorted(table["scanner"].drop_nulls().unique())
+    fitted: dict[str | None, Phantoms] = {}
+    for scanner in (None, *known):
+        own = table if scanner is None else table.filter(pl.col("scanner") == scanner)
+        images = tissue_images(prepared, own)
+        if len(images) < FEWEST:
+            print(f"{scanner}: {len(images)} images, too few for a distribution of its own")
+            continue
+        name = scanner or "any"
+        start = unfitted if scanner is None else (fitted[None].mean, unfitted[1])
+        kept = options.out.with_suffix(f".{name.replace(' ', '-')}.npz")
+        fitted[scanner], rounds = fit_one(images, start, name, kept, options)
+        found["rounds"][name] = {"images": len(images), "rounds": rounds}
+        single = {key: value for key, value in fitted.items() if key is not None}
+        written = {**replace(fitted[None], scanners=single).to_json(), "phantoms_per_round": options.count}
+        options.out.write_text(json.dumps({**written, "rounds": found["rounds"]}) + "\n")
 
+
+def fit_one(
+    images: list[NDArray[np.uint8]], start: tuple[Floats, Floats], name: str, kept: Path, options: argparse.Namespace
+) -> tuple[Phantoms, list[dict[str, float]]]:
+    """The distribution that suits these images, and what each round found; ``kept`` holds what was drawn."""
+    space, frames = Space(np.stack([shrunk(image) for image in images])), [image.shape for image in images]
+    mean, factor = start
+    logits, features = np.zeros((0, len(mean))), np.zeros((0, space.fitted.shape[1]))
+    rounds: list[dict[str, float]] = []
+    if kept.exists():
+        with np.load(kept) as arrays:
+            logits, features, mean, factor = (arrays[key] for key in ("logits", "features", "mean", "factor"))
+            rounds = [{"mmd": float(one), "step": float(other)} for one, other in arrays["rounds"]]
     for number in range(len(rounds), options.rounds):
-        started, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
+        began, rng = time.perf_counter(), np.random.default_rng((options.seed, number))
         rows = np.clip(mean + rng.standard_normal((options.count, len(mean))) @ factor.T, -LIMIT, LIMIT)
         drawn = []
         for index, row in enumerate(rows):
             height, width = frames[rng.integers(len(frames))]
-            noise = normal(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
+            noise = sums(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
             drawn.append(shrunk(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
-        before = mmd(space, space.fitted, space.of(np.stack(drawn)))
-        logits, images = np.concatenate([logits, rows]), np.concatenate([images, drawn])
-        step, deviations = towards(space, logits, space.of(images), options.count)
+        logits, features = np.concatenate([logits, rows]), np.concatenate([features, space.of(np.stack(drawn))])
+        before = mmd(space, space.fitted, features[-options.count :])
+        step, deviations = towards(space, logits, features, options.count)
         mean, factor = np.clip(mean + step, -LIMIT, LIMIT), np.diag(deviations)
         rounds.append({"mmd": round(before, 4), "step": round(float(np.linalg.norm(step)), 3)})
-        print(f"round {number + 1}: {rounds[-1]}, {time.perf_counter() - started:.0f} s", flush=True)
-        np.savez(kept, logits=logits, images=images)
-        more = {"images": len(frames), "phantoms_per_round": options.count, "rounds": rounds}
-        options.out.write_text(json.dumps({**Phantoms(mean, factor).to_json(), **more}) + "\n")
+        print(f"{name}, round {number + 1}: {rounds[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
+        told = [(one["mmd"], one["step"]) for one in rounds]
+        np.savez(kept, logits=logits, features=features, mean=mean, factor=factor, rounds=told)
+    return Phantoms(mean, factor), rounds
 
 
 def towards(space: Space, logits: Floats, drawn: Floats, recent: int) -> tuple[Floats, Floats]:
@@ -234,16 +276,14 @@ def agreement(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
 def judge(options: argparse.Namespace) -> None:
     """Print the table, and write it."""
     prepared = Prepared.open(options.data)
-    table = prepared.table.filter((pl.col("class") == "normal") & (pl.col("source") == "busi"))
+    if options.scanner is None:
+        table = prepared.table.filter((pl.col("class") == "normal") & (pl.col("source") == "busi"))
+    else:
+        table = with_tissue(prepared).filter(pl.col("scanner") == options.scanner)
     rows = list(table.iter_rows(named=True))
     held = np.array([row["split"] != "train" for row in rows])
     frames = [(row["top"], row["left"], row["inner_height"], row["inner_width"]) for row in rows]
-    real = np.stack(
-        [
-            shrunk(np.asarray(prepared.clean[row["row"]])[top : top + height, left : left + width])
-            for row, (top, left, height, width) in zip(rows, frames, strict=True)
-        ]
-    )
+    real = np.stack([shrunk(image) for image in tissue_images(prepared, table)])
     spaces = (Space(real), Space(without_contrast(real)))
     rng = np.random.default_rng(options.seed)
     report: dict[str, Any] = {"images": len(real), "held_out": int(held.sum())}
@@ -257,7 +297,7 @@ def judge(options: argparse.Namespace) -> None:
     floor = [mmd(spaces[0], *(spaces[0].fitted[part] for part in halves(groups, rng))) for _ in range(200)]
     report["floor_by_groups"] = [round(float(v), 4) for v in (np.mean(floor), *np.percentile(floor, (2.5, 97.5)))]
     print(report, flush=True)
-    fitted = Phantoms.from_json(json.loads(options.fit.read_text()))
+    fitted = Phantoms.from_json(json.loads(options.fit.read_text())).of(options.scanner)
     sources = {"fitted": fitted}
     if options.more:
         sources = {"unfitted": Phantoms.unfitted()} | sources
@@ -321,7 +361,7 @@ def main() -> None:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")
             command.add_argument("--starts", type=float, nargs="*", default=STARTS)
-            command.add_argument("--scanner", help="which the prior is told, of those that the checkpoint knows")
+            command.add_argument("--scanner", help="whose images and phantoms are compared, told to the prior")
             command.add_argument("--evaluations", type=int, default=4, help="of the prior after a start")
             command.add_argument("--seeds", type=int, default=3)
             command.add_argument("--more", action="store_true", help="also unfitted")

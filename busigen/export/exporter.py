@@ -283,6 +283,7 @@ def _info(networks: Networks, record: Mapping[str, Any], checkpoint: Path, optio
         "code_length": networks.denoiser("mask", LESION_CLASSES[0]).length,
         "patch": networks.preset.patch,
         "frames": record.get("frames", [[RESOLUTION, RESOLUTION]]),
+        **({"scanner_frames": record["scanner_frames"]} if record.get("scanner_frames") else {}),
         "styles": record.get("styles", []),
         "background_speckle": BACKGROUND_SPECKLE,
         "transfer": record.get("transfer"),

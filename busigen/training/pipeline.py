@@ -195,6 +195,15 @@ class _Run:
         record = self._of_base("prior")
         return frames_of(select(self.prepared, "train")) if record is None else record.get("frames", [[RESOLUTION] * 2])
 
+    @property
+    def _scanner_frames(self) -> dict[str, list[list[int]]]:
+        """The same of the images of each scanner."""
+        record = self._of_base("prior")
+        if record is not None:
+            return dict(record.get("scanner_frames", {}))
+        rows = select(self.prepared, "train")
+        return {name: frames_of(rows.filter(pl.col("scanner") == name)) for name, _ in self._scanners}
+
     @cached_property
     def _scanners(self) -> list[tuple[str, float]]:
         """The scanners that networks are told, those that a base knows first, and their shares of the images."""
@@ -232,6 +241,7 @@ class _Run:
             "data": {key: self.prepared.info.get(key) for key in known},
             "latents": self.latents,
             "frames": self._frames,
+            **({"scanner_frames": self._scanner_frames} if self._scanner_frames else {}),
             "styles": self._styles,
             "scanners": self._scanners,
             **({} if self._phantoms is None else {"phantoms": self._phantoms}),
@@ -325,8 +335,8 @@ class _Run:
             names = {f"{stage}-{label}": stage for stage, label in product(stages, LESION_CLASSES)}
             merged = {name: self._loaded(stage, self.out / checkpoint.MERGED / name) for name, stage in names.items()}
             found = None if self._phantoms is None else Phantoms.from_json(self._phantoms)
-            shares = [share for _, share in self._scanners]
-            drawer = Drawer(self._networks("prior"), self._frames, self._styles, found, shares)
+            known = self._scanners, self._scanner_frames
+            drawer = Drawer(self._networks("prior"), self._frames, self._styles, found, *known)
             drawer.networks.denoisers |= merged
             if found is not None:
                 drawer.networks.start_prior(start_of(self._phantoms))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -187,23 +187,26 @@ ZONES = ("lesion", "margin", "behind")  # Inside the outline, along it, and the 
 class Drawer:
     """The prior and, for lesions, every stage's class denoisers, with the backgrounds' heights, widths and styles.
 
-    ``phantoms`` are what backgrounds begin with; None for noise alone. ``shares`` are those of the known scanners among
-    them; what is left is of any.
+    ``phantoms`` are what backgrounds begin with; None for noise alone. ``scanners`` are those that networks know, with
+    their shares of the backgrounds; what is left is of any. ``scanner_frames`` are the frames of single scanners.
     """
 
     networks: Networks
     frames: Sequence[Sequence[int]]
     styles: Sequence[Sequence[float]]
     phantoms: Phantoms | None = None
-    shares: Sequence[float] = ()
+    scanners: Sequence[tuple[str, float]] = ()
+    scanner_frames: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
-    def starts(self, seed: int, first: int, places: Sequence[tuple[int, int, int, int]]) -> Tensor | None:
-        """The latents of a phantom for each place, of samples from index ``first`` on."""
+    def starts(
+        self, seed: int, first: int, places: Sequence[tuple[int, int, int, int]], scanners: Sequence[str | None]
+    ) -> Tensor | None:
+        """The latents of a phantom for each place and scanner, of samples from index ``first`` on."""
         if self.phantoms is None:
             return None
         found = [
-            to_tensor(filled(phantom_at(self.phantoms, seed, first + k, 0, place[2:]).image, place))
-            for k, place in enumerate(places)
+            to_tensor(filled(phantom_at(self.phantoms.of(scanner), seed, first + k, 0, place[2:]).image, place))
+            for k, (place, scanner) in enumerate(zip(places, scanners, strict=True))
         ]
         return self.networks.encoder(torch.stack(found).to(self.networks.device))
 
@@ -329,24 +332,27 @@ def rollout_backgrounds(drawer: Drawer, count: int, *, seed: int, progress: Prog
     networks, device = drawer.networks, drawer.networks.device
     cells, channels = RESOLUTION // LATENT_FACTOR, networks.preset.latent_channels
     factor = np.array(drawer.styles, np.float64)
-    shares = np.array([max(0.0, 1.0 - sum(drawer.shares)), *drawer.shares])
+    names = [None, *(name for name, _ in drawer.scanners)]
+    shares = np.array([max(0.0, 1.0 - sum(share for _, share in drawer.scanners)), *(s for _, s in drawer.scanners)])
     shares /= shares.sum()
     parts = []
     for first in range(0, count, ENCODE_BATCH):
         size = min(ENCODE_BATCH, count - first)
-        shapes = [drawer.frames[int(k)] for k in rng.integers(0, len(drawer.frames), size)]
+        scanner = rng.choice(len(shares), size, p=shares)
+        painted_as = [names[k] for k in scanner]
+        frames = [drawer.scanner_frames.get(name or "", drawer.frames) for name in painted_as]
+        shapes = [some[int(rng.integers(len(some)))] for some in frames]
         found = [place_of((int(height), int(width))) for height, width in shapes]
         places = torch.tensor(found, dtype=torch.float32)
         noise = rng.standard_normal((size, channels, cells, cells), np.float32)
         if factor.size:
             noise = styled(noise, factor, rng.standard_normal((size, factor.shape[1])))
-        scanner = torch.from_numpy(rng.choice(len(shares), size, p=shares))
         with mixed_precision(device):
-            start = drawer.starts(seed, first, found)
-            seen = (torch.from_numpy(noise), places, told(scanner))
+            start = drawer.starts(seed, first, found, painted_as)
+            seen = (torch.from_numpy(noise), places, told(torch.from_numpy(scanner)))
             x, frame, shown = (part.to(device) for part in seen)
             latents = networks.background(x, frame, start, shown)
-        parts.append({"latents": latents.cpu().half(), "frame": places.short(), "scanner": scanner})
+        parts.append({"latents": latents.cpu().half(), "frame": places.short(), "scanner": torch.from_numpy(scanner)})
         progress(first + size, count)
     return joined(parts)
 

@@ -262,7 +262,7 @@ def _bundle(folder: Path) -> None:
     for side in bundle.windows:
         np.zeros(bundle.latent_shape(side))
     np.zeros(bundle.background_shape), np.zeros(bundle.code_length), bundle.patch + 1, bundle.background_speckle + 1
-    assert all(height + width for height, width in bundle.frames)
+    assert all(height + width for height, width in bundle.frames())
     for part in (bundle.styles, bundle.transfer and bundle.transfer.factor):
         assert part is None or np.isfinite(part).all()
     json.dumps([bundle.info.get(name) for name in ("checkpoint", "split_hash", "preset")], ensure_ascii=False).encode()

@@ -190,10 +190,13 @@ class Bundle:
         """Side of a context patch in pixels."""
         return int(self.info["patch"])
 
-    @property
-    def frames(self) -> list[tuple[int, int]]:
-        """Heights and widths of training images in the working frame; without a record, they fill it."""
-        return [(height, width) for height, width in self.info.get("frames", [[RESOLUTION, RESOLUTION]])]
+    def frames(self, scanner: str | None = None) -> list[tuple[int, int]]:
+        """Heights and widths of training images in the working frame, those of a scanner if they are recorded.
+
+        Without a record, images fill it.
+        """
+        found = self.info.get("scanner_frames", {}).get(scanner) or self.info.get("frames", [[RESOLUTION] * 2])
+        return [(height, width) for height, width in found]
 
     @property
     def styles(self) -> NDArray[np.float64] | None:

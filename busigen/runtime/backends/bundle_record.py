@@ -120,6 +120,7 @@ def start_of(phantoms: Any) -> float:
 
 Side = Annotated[int, Strict(), Field(ge=LEAST_FRAME, le=RESOLUTION)]
 Frame = Annotated[list[Side], Field(min_length=2, max_length=2), AfterValidator(_framed)]
+Frames = Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)]
 Channels = Annotated[int, Strict(), Field(ge=1, le=256)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Shown = Annotated[int, Strict(), Field(ge=1, le=MAX_SHOWN)]
@@ -130,12 +131,11 @@ class ImagesRecord(Record):
     """What bundle and checkpoint record of whole images; `busigen.noise_styles.are_styles` says more of ``styles``.
 
     ``scanners`` are those that networks are told by name, in the order of their condition, with their shares of the
-    training images.
+    training images; ``scanner_frames`` are the frames of each one's images, where ``frames`` are those of all.
     """
 
-    frames: Annotated[Many[Frame], Field(min_length=1, max_length=MAX_FRAMES)] = Field(
-        default_factory=lambda: [[RESOLUTION, RESOLUTION]]
-    )
+    frames: Frames = Field(default_factory=lambda: [[RESOLUTION, RESOLUTION]])
+    scanner_frames: Annotated[dict[Text, Frames], Field(max_length=SCANNERS)] = Field(default_factory=dict)
     styles: Many[Many[Number]] = Field(default_factory=list)
     transfer: Annotated[Any, AfterValidator(_transfer)] = None
     phantoms: Annotated[Any, AfterValidator(_phantoms)] = None

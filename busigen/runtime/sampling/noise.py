@@ -68,6 +68,20 @@ def normal(
     return values[:size].reshape(tuple(shape))
 
 
+def sums(seed: int, index: int, attempt: int, stream: str, shape: Sequence[int]) -> NDArray[np.float32]:
+    """Numbers ``shape`` of mean 0 and variance 1, float32, each the sum of two uniform ones of 16 bits.
+
+    Where many are added up, as in textures and speckle, they do for normal ones, and take a fifth of the time.
+    """
+    size = int(np.prod(shape))
+    halves = raw_bits(seed, index, attempt, stream, -(-size // 2)).astype("<u8", copy=False).view("<u2")
+    found = halves[0::2].astype(np.float32)
+    found += halves[1::2]
+    found -= 65535.0
+    found /= np.float32(((2.0**32 - 1.0) / 6.0) ** 0.5)
+    return found[:size].reshape(tuple(shape))
+
+
 def _unit(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     unit = (words >> np.uint64(11)).astype(np.float64)
     # Half a step above zero, so that the logarithm is finite.

@@ -280,30 +280,38 @@ class Sampler:
         return Sample(draft.index, draft.attempt, NORMAL, image, empty, row, draft.healthy.tissue)
 
     def _backgrounds(self, seed: int, batch: Sequence[DrawRequest]) -> list[Healthy]:
-        shapes = self.bundle.frames
+        scanners = [self.plan.scanner_of(seed, draw, self.bundle.scanners) for draw in batch]
+        shapes = [self.bundle.frames(scanner) for scanner in scanners]
         frames = [
             # A mask's own frame, in which all of it lies where it does in its image.
             mask.frame
             if (mask := self.plan.mask(d.index))
-            else shapes[int(uniform(seed, d.seeded, d.attempt, "frame") * len(shapes))]
-            for d in batch
+            else some[int(uniform(seed, d.seeded, d.attempt, "frame") * len(some))]
+            for d, some in zip(batch, shapes, strict=True)
         ]
         places = [place_of(frame) for frame in frames]
-        phantoms = self._phantoms_of(seed, batch, frames)
+        phantoms = self._phantoms_of(seed, batch, frames, scanners)
         starts = [filled(found.image, place) for found, place in zip(phantoms, places, strict=False)]
-        scanners = [self.plan.scanner_of(seed, draw, self.bundle.scanners) for draw in batch]
         pictures = self.graphs.backgrounds(seed, batch, places, scanners, starts)
         made = [synthetic(picture, frame) for picture, frame in zip(pictures, frames, strict=True)]
         if not phantoms:
             return made
         return [with_tissue(one, found, self.tissue.maps) for one, found in zip(made, phantoms, strict=True)]
 
-    def _phantoms_of(self, seed: int, batch: Sequence[DrawRequest], frames: Sequence[tuple[int, int]]) -> list[Phantom]:
+    def _phantoms_of(
+        self,
+        seed: int,
+        batch: Sequence[DrawRequest],
+        frames: Sequence[tuple[int, int]],
+        scanners: Sequence[str | None],
+    ) -> list[Phantom]:
         """The phantoms that backgrounds begin with; none where they begin with noise alone."""
         if self._phantoms is None:
             return []
-        draws = zip(batch, frames, strict=True)
-        return [phantom_at(self._phantoms, seed, d.seeded, d.attempt, frame, self.tissue) for d, frame in draws]
+        return [
+            phantom_at(self._phantoms.of(scanner), seed, draw.seeded, draw.attempt, frame, self.tissue)
+            for draw, frame, scanner in zip(batch, frames, scanners, strict=True)
+        ]
 
     def _outline(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
         drafts = [draft for draft in batch if isinstance(draft, Draft)]

@@ -105,7 +105,7 @@ def test_synthetic_backgrounds_follow_the_same_rules(bundle: Bundle, backend: On
     for sample in together.samples:
         assert sample.row["background"] == "synthetic"
         top, left = sample.row["letterbox_top"], sample.row["letterbox_left"]
-        height, width = max(f for f in bundle.frames if ((256 - f[0]) // 2, (256 - f[1]) // 2) == (top, left))
+        height, width = max(f for f in bundle.frames() if ((256 - f[0]) // 2, (256 - f[1]) // 2) == (top, left))
         valid = np.zeros((256, 256), dtype=bool)
         valid[top : top + height, left : left + width] = True
         assert quality_gates.image_reason(sample.image, sample.mask, valid) is None

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.errors import UsageError
-from busigen.phantoms.distribution import Phantom, Phantoms, numbers_for
+from busigen.phantoms.distribution import SUMS, Phantom, Phantoms, numbers_for
 from busigen.phantoms.tissue import OUTSIDE, PARAMETERS, Canvas, Tissue
 from busigen.runtime.sampling.conditions import range_text, range_within
 from busigen.runtime.sampling.inputs.healthy_images import Healthy
-from busigen.runtime.sampling.noise import normal
+from busigen.runtime.sampling.noise import normal, sums
 
 DENSITIES = {"A": (0.0, 0.25), "B": (0.25, 0.5), "C": (0.5, 0.75), "D": (0.75, 1.0)}
 """Gland's share of gland and fat in each of BI-RADS's four kinds of tissue (quartiles: its fourth edition, 2003)."""
@@ -97,7 +97,8 @@ def phantom_at(
 ) -> Phantom:
     """The phantom of a draw, in a frame of that height and width."""
     asked, (height, width) = asked or AskedTissue(), frame
-    noise = normal(seed, index, attempt, "phantom noise", (numbers_for(height, width),))
+    size = numbers_for(height, width)
+    noise = (sums if phantoms.noise == SUMS else normal)(seed, index, attempt, "phantom noise", (size,))
     normals = normal(seed, index, attempt, "phantom", (asked.tries * len(PARAMETERS),)).reshape(asked.tries, -1)
     if asked.tries == 1:
         return phantoms.drawn(phantoms.parameters(normals[0]), noise, height, width)
