@@ -8,7 +8,8 @@ distributed and drawn images' is not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from scipy import fft, ndimage
 
 from busigen.data.geometry import Mask, around
 from busigen.noise_styles import LIMIT
+from busigen.registry import SCANNERS
 from busigen.text import printable
 
 REFERENCE = 0.03  # Cycles per pixel up to which filters change nothing: anatomy.
@@ -36,11 +38,17 @@ Kernels = tuple[NDArray[np.float64], NDArray[np.float64]]
 class Transfer:
     """How images' filters are distributed: logarithms of gains at the axial ``KNOTS``, then at the lateral ones.
 
-    To the mean is added what ``factor``, ``(2 * len(KNOTS), K)``, makes of ``K`` independent normals.
+    To the mean is added what ``factor``, ``(2 * len(KNOTS), K)``, makes of ``K`` independent normals. ``scanners`` are
+    the filters of single scanners, by name.
     """
 
     mean: Floats
     factor: Floats
+    scanners: Mapping[str, Transfer] = field(default_factory=dict)
+
+    def of(self, scanner: str | None) -> Transfer:
+        """Those of a scanner, or of any if it has none of its own."""
+        return self if scanner is None else self.scanners.get(scanner, self)
 
     def kernels(self, normals: Floats) -> Kernels:
         """The filter of an image, from its ``(K,)`` standard normals."""
@@ -49,24 +57,34 @@ class Transfer:
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``busigen.json`` and ``bundle.json``."""
         rounded = [np.round(part, 4).tolist() for part in (self.mean, self.factor)]
-        return dict(zip(("mean", "factor"), rounded, strict=True))
+        single = {"scanners": {name: one.to_json() for name, one in self.scanners.items()}} if self.scanners else {}
+        return {**dict(zip(("mean", "factor"), rounded, strict=True)), **single}
 
     @classmethod
     def from_json(cls, found: Any) -> Self:
         """Read what :meth:`to_json` gave; a ValueError for all else and for numbers beyond ``LARGEST_GAIN``."""
-        if not isinstance(found, dict) or found.keys() != {"mean", "factor"} or not isinstance(found["factor"], list):
+        single = found.get("scanners", {}) if isinstance(found, dict) else None
+        if not isinstance(single, dict) or len(single) > SCANNERS:
             raise ValueError("no mapping of 'mean' and 'factor'")
-        rows = [found["mean"], *found["factor"]]
-        if not all(isinstance(row, list) for row in rows):
-            raise ValueError("'mean' or a row of 'factor' is no list")
-        for value in (value for row in rows for value in row):
-            if type(value) not in (int, float) or not abs(value) <= LARGEST_GAIN:
-                raise ValueError(f"{printable(str(value))[:20]} is no number from {-LARGEST_GAIN} to {LARGEST_GAIN}")
-        length = 2 * len(KNOTS)
-        widths = {len(row) for row in rows[1:]}
-        if len(rows[0]) != length or len(rows) != length + 1 or len(widths) != 1 or not 1 <= min(widths) <= length:
-            raise ValueError(f"not {length} means and as many rows of up to {length} factors")
-        return cls(np.array(rows[0], np.float64), np.array(rows[1:], np.float64))
+        whole = _gains({key: part for key, part in found.items() if key != "scanners"})
+        return cls(*whole, {name: cls(*_gains(one)) for name, one in single.items()})
+
+
+def _gains(found: Any) -> tuple[Floats, Floats]:
+    """Mean and factor of what stands in a bundle; a ValueError for all else."""
+    if not isinstance(found, dict) or found.keys() != {"mean", "factor"} or not isinstance(found["factor"], list):
+        raise ValueError("no mapping of 'mean' and 'factor'")
+    rows = [found["mean"], *found["factor"]]
+    if not all(isinstance(row, list) for row in rows):
+        raise ValueError("'mean' or a row of 'factor' is no list")
+    for value in (value for row in rows for value in row):
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_GAIN:
+            raise ValueError(f"{printable(str(value))[:20]} is no number from {-LARGEST_GAIN} to {LARGEST_GAIN}")
+    length = 2 * len(KNOTS)
+    widths = {len(row) for row in rows[1:]}
+    if len(rows[0]) != length or len(rows) != length + 1 or len(widths) != 1 or not 1 <= min(widths) <= length:
+        raise ValueError(f"not {length} means and as many rows of up to {length} factors")
+    return np.array(rows[0], np.float64), np.array(rows[1:], np.float64)
 
 
 def kernels(gains: Floats) -> Kernels:

@@ -356,4 +356,5 @@ class Sampler:
 
     def _filters(self, transfer: Transfer, seed: int, draw: DrawRequest) -> Kernels:
         # One for the whole image, whichever of its lesions this is.
-        return transfer.kernels(normal(seed, draw.seeded, draw.attempt, "transfer", transfer.factor.shape[1:]))
+        own = transfer.of(self.plan.scanner_of(seed, draw, self.bundle.scanners))
+        return own.kernels(normal(seed, draw.seeded, draw.attempt, "transfer", own.factor.shape[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -330,15 +331,26 @@ class FinishTask(DecoderTask):
     def findings(self) -> dict[str, Any]:
         """Half the squared Mahalanobis distances of statistics, and the filters of :mod:`busigen.mtf`."""
         distances = {name: round(part.distance, 3) for name, part in self.discriminants.items()}
-        frames = (self.train[position] for position in range(len(self.train)))
-        real = ((frame.image, _healthy(frame)) for frame in frames)
         generator = Generator().manual_seed(self.context.seed)
         generated: list[Picture] = []
         parts = (self.backgrounds[name].split(self.spec.batch) for name in ("latents", "frame", "scanner"))
         for latents, places, scanner in zip(*parts, strict=True):
             generated += letterboxed(self._decode(latents.to(self.device).float(), None, scanner, generator), places)
-        transfer = fit_transfer(real, generated, self.context.seed)
+        transfer = self._transfer(range(len(self.train)), generated)
+        if transfer is not None:
+            number = self.backgrounds["scanner"].tolist()
+            single = {
+                name: self._transfer(
+                    self.of_scanner[k], [one for one, at in zip(generated, number, strict=True) if at == k]
+                )
+                for k, name in enumerate(self.context.scanners, start=1)
+            }
+            transfer = replace(transfer, scanners={name: own for name, own in single.items() if own is not None})
         return {"texture": distances, "transfer": None if transfer is None else transfer.to_json()}
+
+    def _transfer(self, positions: Iterable[int], generated: Sequence[Picture]) -> Transfer | None:
+        frames = (self.train[int(position)] for position in positions)
+        return fit_transfer(((frame.image, _healthy(frame)) for frame in frames), generated, self.context.seed)
 
     def sheet(self) -> Image.Image:
         """Real windows, what is drawn in their places, and drawn backgrounds."""
