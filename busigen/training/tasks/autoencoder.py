@@ -179,13 +179,15 @@ def fit_transfer(real: Iterable[Picture], generated: Sequence[Picture], seed: in
         return None
     for _ in range(CORRECTIONS):
         # Clipped as in use: what lies beyond the bound has no effect, and must not sway the rest.
-        clipped = Transfer(*(np.clip(part, -LARGEST_GAIN, LARGEST_GAIN) for part in (result.mean, result.factor)))
+        mean, factor = (np.clip(part, -LARGEST_GAIN, LARGEST_GAIN) for part in (result.mean, result.factor))
+        clipped = Transfer(mean, factor)
         found = _measured(_filtered(clipped, generated, seed))
         before, aim, after = (float(values.var(axis=0).sum()) for values in (plain, wanted, found))
         share = math.sqrt(max(aim - before, 1e-9) / max(after - before, 1e-9))
         share = min(max(share, 1.0 / MOST_MENDED), MOST_MENDED)
         result = Transfer(result.mean + wanted.mean(axis=0) - found.mean(axis=0), share * result.factor)
-    return Transfer(*(bounded(part, LARGEST_GAIN, "transfer") for part in (result.mean, result.factor)))
+    mean, factor = (bounded(part, LARGEST_GAIN, "transfer") for part in (result.mean, result.factor))
+    return Transfer(mean, factor)
 
 
 def _measured(pictures: Iterable[Picture]) -> Floats:
@@ -338,11 +340,9 @@ class FinishTask(DecoderTask):
             generated += letterboxed(self._decode(latents.to(self.device).float(), None, scanner, generator), places)
         transfer = self._transfer(range(len(self.train)), generated)
         if transfer is not None:
-            number = self.backgrounds["scanner"].tolist()
+            shown_as = np.array(self.backgrounds["scanner"])
             single = {
-                name: self._transfer(
-                    self.of_scanner[k], [one for one, at in zip(generated, number, strict=True) if at == k]
-                )
+                name: self._transfer(self.of_scanner[k], [generated[int(at)] for at in np.flatnonzero(shown_as == k)])
                 for k, name in enumerate(self.context.scanners, start=1)
             }
             transfer = replace(transfer, scanners={name: own for name, own in single.items() if own is not None})
