@@ -129,7 +129,7 @@ def fitted_phantoms(path: Path, start: float) -> dict[str, Any]:
         UsageError: ``start`` is not such a time.
     """
     if not 0.0 < start < 1.0:
-        raise UsageError(f"--prior-start is {start:g}.", fix="Give a time between 0 and 1, such as 0.6.")
+        raise UsageError(f"--prior-start is {start:g}.", fix="Give a time between 0 and 1, such as 0.5.")
     try:
         return {**Phantoms.from_json(read_json(path)).to_json(), "start": float(start)}
     except FileNotFoundError as error:
