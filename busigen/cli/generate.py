@@ -95,7 +95,9 @@ def generate(
     ] = False,
     seed: Annotated[int, typer.Option(help="Another seed gives other samples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per engine call; larger windows use fewer.")] = DEFAULT_BATCH,
-    shard_size: Annotated[int, typer.Option(help="Samples per shard; a kill loses up to two shards.")] = SHARD_SIZE,
+    shard_size: Annotated[
+        int, typer.Option(help="Samples per shard; a kill loses up to two shards and 8 batches.")
+    ] = SHARD_SIZE,
     provider: Annotated[
         str, typer.Option(help=f"{', '.join(PROVIDERS)}; or auto: what --out was begun with, else the best that works.")
     ] = AUTO,

@@ -18,6 +18,7 @@ from busigen import __version__
 from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.context import AuditContext, Effort, SectionResult, jsonable, load, section_folder, store
+from busigen.evaluation.physics.features import CACHE, is_cache
 from busigen.evaluation.reading.sets import read_inputs
 from busigen.evaluation.reading.within import Within
 from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
@@ -258,6 +259,8 @@ def _claim(out: Path) -> None:
         # One that was killed before it could write its report leaves the others.
         present = {path.name for path in out.iterdir() if not path.name.startswith(".")}
         foreign = present - {"sections", CONTACT_SHEET}
+        if is_cache(out / CACHE):
+            foreign.discard(CACHE)
     if sections.is_symlink() or (sections.is_dir() and {path.name for path in sections.iterdir()} - set(SECTIONS)):
         foreign.add("sections")
     if foreign:

@@ -145,9 +145,16 @@ def test_a_kept_result_that_is_not_whole_is_made_anew(pairs: Path, busi: Path, t
     assert all((folder / picture.file).is_file() for picture in again.outcomes["integrity"].result.pictures)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("how", "seen"),
+    [
+        (signal.SIGKILL, "sections/integrity/result.json"),
+        (signal.SIGINT, "sections/integrity/result.json"),
+        (signal.SIGKILL, "cache/radiomics-*.parquet"),
+    ],
+)
 def test_interrupted_it_keeps_the_finished_sections(
-    pairs: Path, busi: Path, tmp_path: Path, how: signal.Signals
+    pairs: Path, busi: Path, tmp_path: Path, how: signal.Signals, seen: str
 ) -> None:
     out = tmp_path / "report"
     arguments = [str(pairs), "--real", str(busi), "--out", str(out), "--only", "integrity,physics", "--device", "cpu"]
@@ -160,7 +167,7 @@ def test_interrupted_it_keeps_the_finished_sections(
         # A test run in a shell's background inherits that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while process.poll() is None and not (out / "sections" / "integrity" / "result.json").exists():
+    while process.poll() is None and not any(out.glob(seen)):
         time.sleep(0.005)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
@@ -330,6 +337,7 @@ def test_a_folder_with_other_content_is_left_alone(pairs: Path, busi: Path, tmp_
         {"report.json": "PDF"},
         {"sections/chapter 1.tex": "mine"},
         {"sections/integrity/table.csv": "mine", "thesis.tex": "mine"},
+        {"sections/integrity/table.csv": "mine", "cache/page.html": "mine"},
     ],
     ids=str,
 )

@@ -73,12 +73,23 @@ def _features() -> Iterator[Feature]:
 NAMES: dict[str, Feature] = {feature.name: feature for feature in _features()}  # In the order of the columns
 
 
+CACHE = "cache"  # Folder of the report that keeps them
+_KEPT = "radiomics-"
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds what `for_set` keeps, and nothing else but what begins with a dot."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(path.name.startswith((_KEPT, ".")) for path in folder.iterdir())
+
+
 def for_set(context: AuditContext, images: ImageSet) -> pl.DataFrame:
     """`features`, measured once per report folder and content: sections that need them share a file."""
     digest = hashlib.sha256(repr((VERSION, list(NAMES), len(images))).encode())
     for array in (images.images, images.masks, images.valid, images.overlays):
         digest.update(np.ascontiguousarray(array).data)
-    path = context.out / "cache" / f"radiomics-{digest.hexdigest()[:32]}.parquet"
+    path = context.out / CACHE / f"{_KEPT}{digest.hexdigest()[:32]}.parquet"
     try:
         refuse_costly(path, len(images))
         with open_file(path) as file:

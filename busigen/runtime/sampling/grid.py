@@ -53,7 +53,8 @@ class Grid:
             found = tuple(level.strip() for level in listed.split("/")) if listed else LEVELS[name]
             if len(set(found)) < len(found) or len(found) < 2:
                 fix = f"Give two or more, such as {name}={'/'.join(LEVELS[name] or ('NAME', 'any'))}."
-                raise UsageError(f"--vary {part.strip()} has a level twice, or a single one.", fix=fix)
+                wrong = "has a level twice, or a single one" if found else "names no level"
+                raise UsageError(f"--vary {part.strip()} {wrong}.", fix=fix)
             for level in found:
                 _refuse_level(name, level)
             levels[name] = found

@@ -165,6 +165,7 @@ def test_record_command_and_sheet_say_what_was_varied(tmp_path: Path) -> None:
         ("class,class", "twice"),
         ("size=0.02", "a single one"),
         ("size=0.02/0.02", "a level twice"),
+        ("class,scanner", "--vary scanner names no level. Give two or more, such as scanner=NAME/any"),
         ("size=0.02/7", "--vary size='7'. Give single numbers from 0.003 to 0.4"),
         ("size=0.02/0.01:0.03", "single numbers"),
         ("birads=2/9", "--vary birads='9'"),
