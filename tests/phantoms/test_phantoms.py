@@ -90,12 +90,30 @@ def test_what_cannot_be_had_at_once_is_met_as_nearly_as_can_be() -> None:
     assert missed(phantom_at(UNFITTED, 3, 0, 0, FRAME, asked)) < 0.5 * missed(phantom_at(UNFITTED, 3, 0, 0, FRAME))
 
 
+def some_phantoms(seed: int, **more: Any) -> Phantoms:
+    rng, count = np.random.default_rng(seed), len(PARAMETERS)
+    return Phantoms(rng.normal(size=count).round(4), rng.normal(size=(count, count)).round(4), **more)
+
+
 def test_phantoms_come_back_from_json() -> None:
-    rng = np.random.default_rng(0)
-    count = len(PARAMETERS)
-    phantoms = Phantoms(rng.normal(size=count).round(4), rng.normal(size=(count, count)).round(4))
-    again = Phantoms.from_json(phantoms.to_json())
-    assert np.array_equal(again.mean, phantoms.mean) and np.array_equal(again.factor, phantoms.factor)
+    phantoms = some_phantoms(0, scanners={"one": some_phantoms(1)})
+    again = Phantoms.from_json(json.loads(json.dumps(phantoms.to_json())))
+    for found, given in ((again, phantoms), (again.of("one"), phantoms.of("one"))):
+        assert np.array_equal(found.mean, given.mean) and np.array_equal(found.factor, given.factor)
+    assert again.of("another") is again and again.of(None) is again
+
+
+def test_a_scanner_has_phantoms_of_its_own() -> None:
+    known = list(FITTED.scanners)
+    images = [phantom_at(FITTED.of(name), 3, 0, 0, FRAME).image for name in (*known, None)]
+    assert len(known) == 4 and len({image.tobytes() for image in images}) == 5
+
+
+def test_bundles_that_do_not_name_their_noise_have_the_phantoms_that_they_had() -> None:
+    """Their noise is normal; the bytes are those of the version before."""
+    before = {key: part for key, part in UNFITTED.to_json().items() if key != "noise"}
+    image = phantom_at(Phantoms.from_json(before), 3, 5, 0, FRAME).image
+    assert image[100, 100:106].tolist() == [127, 125, 125, 123, 116, 107]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +127,11 @@ def test_phantoms_come_back_from_json() -> None:
         {"factor": [[0.0]] * len(PARAMETERS)},
         {"factor": "x"},
         {"parameters": ["skin"]},
+        {"noise": "white"},
+        {"scanners": []},
+        {"scanners": {"one": {"mean": [0.0]}}},
+        {"scanners": {"one": 5}},
+        {"scanners": dict.fromkeys("abcdefghi", UNFITTED.to_json())},
     ],
 )
 def test_what_is_no_distribution_is_refused(change: dict[str, Any]) -> None:

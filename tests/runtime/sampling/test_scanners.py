@@ -53,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph.node.append(helper.make_node("Add", ["told/plain", "told/changes"], [output.name]))
     record = info["graphs"]["decoder@256"]
     info["graphs"]["decoder@256"] = {**record, **saved(place, model, "told.onnx", record["files"])}
-    return written(place, info | {"schema": 8, "scanners": SHARES})
+    # Of one frame and sharpness, so that the decoder alone makes the difference.
+    info["transfer"] = {name: part for name, part in info["transfer"].items() if name != "scanners"}
+    return written(place, info | {"schema": 8, "scanners": SHARES, "scanner_frames": {}})
 
 
 def drawn(folder: Path, indices: range, batch: int = 2, **options: object) -> list[Sample]:
@@ -74,6 +76,28 @@ def test_backgrounds_have_the_scanner_that_is_asked_for(folder: Path) -> None:
         # 0.2 of 2 are 25 grey levels, but for what is black anyway.
         assert other.image.mean() - one.image.mean() > 10.0
         assert abs(other.image.mean() - neither.image.mean()) < 1.0
+
+
+def test_backgrounds_have_frames_and_filters_of_their_scanner(folder: Path, tmp_path: Path) -> None:
+    info = json.loads((folder / "bundle.json").read_text())
+    (one, _), (other, _), names = *SHARES, dict(SHARES)
+    # The other's filter takes away what is finer than eight pixels.
+    blur = {**info["transfer"], "mean": [-3.0] * len(info["transfer"]["mean"])}
+    own = {
+        "scanner_frames": {one: [[180, 256]], other: [[256, 180]]},
+        "transfer": {**info["transfer"], "scanners": {other: blur}},
+    }
+    shutil.copytree(folder, tmp_path / "bundle")
+    told = written(tmp_path / "bundle", info | own)
+    sharp, blurred, mixed = (drawn(told, range(4), 4, scanner=name) for name in (one, other, "mix"))
+    tops = {one: (0, 38), other: (38, 0), None: None}
+    for image in (*sharp, *blurred, *mixed):
+        name = image.row["scanner"]
+        assert name in (*names, None)
+        if name is not None:
+            assert (image.row["letterbox_left"], image.row["letterbox_top"]) == tops[name]
+    grains = [np.abs(np.diff(image.image[60:200, 60:190].astype(float))).mean() for image in (*sharp, *blurred)]
+    assert max(grains[4:]) < 0.6 * min(grains[:4])
 
 
 def test_the_default_is_the_training_images_mixture_and_batches_decide_nothing(folder: Path) -> None:
