@@ -49,6 +49,9 @@ from busigen.runtime.sampling.noise import sums
 SPREAD, VARIANCES = 1.2, (0.1, 2.5)
 """Deviation of parameters before the fit, and least and greatest variance after it."""
 
+BRIGHTNESS = 2.0
+"""How much more an eighth's brightness weighs than an axis of coarse structure."""
+
 SMALL, FEWEST = 0.05, 30
 """Largest share of an image that a lesion may have, and least number of such images of a scanner."""
 
@@ -109,9 +112,10 @@ def fit_one(
     images: list[NDArray[np.uint8]], start: tuple[Floats, Floats], name: str, kept: Path, options: argparse.Namespace
 ) -> tuple[Phantoms, list[dict[str, float]]]:
     """The distribution that suits these images, and what each round found; ``kept`` holds what was drawn."""
-    space, frames = Space(np.stack([shrunk(image) for image in images])), [image.shape for image in images]
-    mean, factor = start
-    logits, features = np.zeros((0, len(mean))), np.zeros((0, space.fitted.shape[1]))
+    real, frames = np.stack([shrunk(image) for image in images]), [image.shape for image in images]
+    space, mean, factor = Space(real), *start
+    wanted = features_of(real, real, space)
+    logits, features = np.zeros((0, len(mean))), np.zeros((0, wanted.shape[1]))
     rounds: list[dict[str, float]] = []
     if kept.exists():
         with np.load(kept) as arrays:
@@ -125,9 +129,10 @@ def fit_one(
             height, width = frames[rng.integers(len(frames))]
             noise = sums(options.seed + number, index, 0, "phantom noise", (numbers_for(height, width),))
             drawn.append(shrunk(Phantoms.unfitted().drawn(values_of(row), noise, height, width).image))
-        logits, features = np.concatenate([logits, rows]), np.concatenate([features, space.of(np.stack(drawn))])
-        before = mmd(space, space.fitted, features[-options.count :])
-        step, deviations = towards(space, logits, features, options.count)
+        found = features_of(np.stack(drawn), real, space)
+        logits, features = np.concatenate([logits, rows]), np.concatenate([features, found])
+        before = mmd(space, space.fitted, found[:, : space.fitted.shape[1]])
+        step, deviations = towards(wanted, logits, features, options.count)
         mean, factor = np.clip(mean + step, -LIMIT, LIMIT), np.diag(deviations)
         rounds.append({"mmd": round(before, 4), "step": round(float(np.linalg.norm(step)), 3)})
         print(f"{name}, round {number + 1}: {rounds[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
@@ -136,19 +141,28 @@ def fit_one(
     return Phantoms(mean, factor), rounds
 
 
-def towards(space: Space, logits: Floats, drawn: Floats, recent: int) -> tuple[Floats, Floats]:
+def features_of(images: NDArray[np.uint8], real: NDArray[np.uint8], space: Space) -> Floats:
+    """What is fitted of coarse images ``(N, 48, 64)``: their place in ``space``, and how bright each eighth is.
+
+    Brightness is in deviations of the ``real`` images' and weighs ``BRIGHTNESS`` times as much as an axis.
+    """
+    own, all_real = (part.reshape(len(part), 8, -1).mean(axis=2) for part in (images, real))
+    return np.concatenate([space.of(images), BRIGHTNESS * (own - all_real.mean(axis=0)) / all_real.std(axis=0)], axis=1)
+
+
+def towards(real: Floats, logits: Floats, drawn: Floats, recent: int) -> tuple[Floats, Floats]:
     """How far the mean of parameters ``(N, P)`` is to move, and what deviations they are to have.
 
-    The features of ``drawn`` phantoms ``(N, AXES)`` are taken as linear in the parameters, and the mean of the last
-    ``recent`` as that of today's.
+    The features of ``drawn`` phantoms ``(N, F)`` are to be as those of the ``real`` images are. They are taken as
+    linear in the parameters, and the mean of the last ``recent`` as that of today's.
     """
     ones = np.ones((len(logits), 1))
     found, *_ = np.linalg.lstsq(np.concatenate([ones, logits], axis=1), drawn, rcond=None)
     slopes, rest = found[1:].T, (drawn - found[0] - logits @ found[1:]).var(axis=0)
     count = logits.shape[1]
-    missed = space.fitted.mean(axis=0) - drawn[-recent:].mean(axis=0)
+    missed = real.mean(axis=0) - drawn[-recent:].mean(axis=0)
     step = np.linalg.solve(slopes.T @ slopes + STIFFNESS * np.eye(count), slopes.T @ missed)
-    wanted = np.maximum(space.fitted.var(axis=0) - rest, 0.0)
+    wanted = np.maximum(real.var(axis=0) - rest, 0.0)
     rows = np.concatenate([slopes**2, STIFFNESS * np.eye(count)])
     variances = lsq_linear(rows, np.concatenate([wanted, np.full(count, STIFFNESS * SPREAD**2)]), VARIANCES).x
     return step, np.sqrt(variances)
@@ -355,8 +369,8 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=3)
         if function is fit:
             command.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
-            command.add_argument("--count", type=int, default=1000, help="phantoms a round")
-            command.add_argument("--rounds", type=int, default=4)
+            command.add_argument("--count", type=int, default=400, help="phantoms a round")
+            command.add_argument("--rounds", type=int, default=6)
         else:
             command.add_argument("--fit", type=Path, default=Path(__file__).parent / "results" / "phantom.json")
             command.add_argument("--checkpoint", type=Path, help="what `busigen restore` wrote; else phantoms alone")
