@@ -52,7 +52,7 @@ SPREAD, VARIANCES = 1.2, (0.1, 2.5)
 BRIGHTNESS = 2.0
 """How much more an eighth's brightness weighs than an axis of coarse structure."""
 
-SMALL, FEWEST = 0.05, 30
+SMALL, FEWEST = 0.05, 100
 """Largest share of an image that a lesion may have, and least number of such images of a scanner."""
 
 STIFFNESS = 0.05
