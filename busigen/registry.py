@@ -144,6 +144,8 @@ PROMPTS = {  # What Stable Diffusion is asked for, unless `train --prompt` says 
     "malignant": "breast ultrasound image with a malignant lesion",
 }
 
+# Outlines of a sample's first lesion, at export, and of a further one, that are drawn before the draw is refused.
+OUTLINES, MAX_OUTLINES = 4, 16
 SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}  # Network evaluations per denoiser, fixed at export.
 # Time from which the prior finishes phantoms, unless `export --prior-start` says otherwise, and its evaluations then.
 PRIOR_START, STARTED_STEPS = 0.5, 3

@@ -49,8 +49,8 @@ from busigen.runtime.sampling.noise import sums
 SPREAD, VARIANCES = 1.2, (0.1, 2.5)
 """Deviation of parameters before the fit, and least and greatest variance after it."""
 
-BRIGHTNESS = 2.0
-"""How much more an eighth's brightness weighs than an axis of coarse structure."""
+BRIGHTNESS = 0.7
+"""How much an eighth's brightness weighs; an axis of coarse structure weighs 1."""
 
 SMALL, FEWEST = 0.05, 100
 """Largest share of an image that a lesion may have, and least number of such images of a scanner."""

@@ -222,6 +222,11 @@ class Bundle:
         return None if found is None else Phantoms.from_json(found)
 
     @property
+    def outlines(self) -> int:
+        """How many outlines are drawn on a background, as long as gates refuse them, before the draw is refused."""
+        return int(self.info.get("outlines", 1))
+
+    @property
     def background_speckle(self) -> float:
         """Deviation of the noise that synthetic backgrounds are decoded with; 1 in bundles that do not say."""
         return float(self.info.get("background_speckle", 1.0))

@@ -12,7 +12,7 @@ from busigen.mtf import Transfer
 from busigen.noise_styles import are_styles
 from busigen.phantoms.distribution import Phantoms
 from busigen.records import FileName, Many, Number, Record, Text
-from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, RESOLUTION, SCANNERS, STAGES
+from busigen.registry import BUCKETS, LATENT_FACTOR, LESION_CLASSES, MAX_OUTLINES, RESOLUTION, SCANNERS, STAGES
 
 LEAST_FRAME, MAX_FRAMES = 32, 1024  # shortest side in pixels, and number, of the frames that a bundle may record
 LARGEST_SPECKLE = 4.0  # greatest deviation of the noise that a bundle may ask to decode backgrounds with
@@ -197,6 +197,7 @@ class BundleRecord(ImagesRecord):
     background: _BackgroundRecord | None = None
     code_length: Annotated[int, Strict(), Field(ge=1, le=4096)]
     patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
+    outlines: Annotated[int, Strict(), Field(ge=1, le=MAX_OUTLINES)] = 1
     background_speckle: Annotated[Number, Field(ge=0, le=LARGEST_SPECKLE)] = 1.0
     preset: Text | None = None
     precision: Text = ""

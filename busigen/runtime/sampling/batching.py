@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, Window, edit_region, window_for
-from busigen.registry import ATTRIBUTES
+from busigen.registry import ATTRIBUTES, MAX_OUTLINES
 from busigen.runtime.dataset.format import Rejection, Sample, SampleBatch
 from busigen.runtime.sampling.conditions import measured
 from busigen.runtime.sampling.inputs.healthy_images import Healthy
 from busigen.runtime.sampling.several import numbered_row
 
 BEGIN, OUTLINE, PAINT = range(3)  # the stages of a draw
-MAX_OUTLINES = 16  # that are drawn of a sample's further lesion before the draw is refused
 CONCURRENT_BATCHES = 2  # while the engine computes for one, another is prepared or judged
 
 

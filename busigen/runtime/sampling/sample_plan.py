@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask
 from busigen.errors import UsageError
-from busigen.registry import ATTRIBUTES, LESION_CLASSES, NORMAL, SYNTHETIC
+from busigen.registry import ATTRIBUTES, LESION_CLASSES, MAX_OUTLINES, NORMAL, SYNTHETIC
 from busigen.runtime.dataset.format import Rejection
 from busigen.runtime.sampling import quality_gates
-from busigen.runtime.sampling.batching import MAX_OUTLINES, Draft, DrawRequest
+from busigen.runtime.sampling.batching import Draft, DrawRequest
 from busigen.runtime.sampling.conditions import SampleConditions, dealt, mix_text
 from busigen.runtime.sampling.grid import Grid
 from busigen.runtime.sampling.inputs.given_masks import GivenMask, MaskFolder
@@ -160,11 +160,12 @@ class SamplePlan:
         begun = replace(draft, earlier=draft.all_lesions, painted=painted, outlines=0)
         return self._further(seed, replace(begun, mask=None, edit=None, window=None))
 
-    def after_refusal(self, seed: int, draft: Draft, reason: str) -> Draft | Rejection:
-        """What becomes of a draft whose outline a gate refused: a further lesion gets another one, some times."""
-        if not draft.earlier or draft.outlines + 1 == MAX_OUTLINES:
+    def after_refusal(self, seed: int, draft: Draft, reason: str, most: int) -> Draft | Rejection:
+        """What becomes of a draft whose outline a gate refused: another one, ``most`` of a first lesion."""
+        if draft.outlines + 1 >= (MAX_OUTLINES if draft.earlier else most):
             return draft.refused(reason)
-        return self._further(seed, replace(draft, outlines=draft.outlines + 1))
+        again = replace(draft, outlines=draft.outlines + 1)
+        return self._further(seed, again) if draft.earlier else again
 
     def _further(self, seed: int, draft: Draft) -> Draft:
         """The draft with what is asked of its further lesion, at a place where the others leave room."""

@@ -327,7 +327,8 @@ class Sampler:
             reason = reason or quality_gates.near_reason(
                 [one.edit for one in outlined.all_lesions if one.edit is not None]
             )
-            outcomes.append(self.plan.after_refusal(seed, draft, reason) if reason else outlined)
+            most = self.bundle.outlines
+            outcomes.append(self.plan.after_refusal(seed, draft, reason, most) if reason else outlined)
         return outcomes
 
     def _paint(self, seed: int, batch: Sequence[DrawRequest]) -> Sequence[Outcome]:
