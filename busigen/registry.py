@@ -148,7 +148,7 @@ PROMPTS = {  # What Stable Diffusion is asked for, unless `train --prompt` says 
 OUTLINES, MAX_OUTLINES = 4, 16
 SOLVER_STEPS = {"mask": 4, "lesion": 4, "blend": 2, "prior": 6}  # Network evaluations per denoiser, fixed at export.
 # Time from which the prior finishes phantoms, unless `export --prior-start` says otherwise, and its evaluations then.
-PRIOR_START, STARTED_STEPS = 0.5, 3
+PRIOR_START, STARTED_STEPS = 0.5, 2
 # Deviation of what a denoiser leaves open, until it is measured (busigen.training.networks.variance).
 SOLVER_SPREAD = {"lesion": 0.85, "blend": 0.7, "prior": 1.0}
 # How much denser a denoiser's steps lie near pure noise, where the layout is decided (Esser et al. 2024, 5.3.2).
