@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.errors import AcceptanceError, UsageError
 from busigen.mtf import RADIUS
+from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import Sample
 from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.sampling.batching import DrawRequest
@@ -216,3 +218,26 @@ def test_small_sets_with_categories_have_about_the_shares_that_were_asked_for() 
     # One for each of the eight kinds more or less than their share.
     for count in (12, 50, 200, 1000):
         assert abs(told[:count].count(2) - 0.1 * count) <= 3
+
+
+def test_a_first_outline_that_is_refused_costs_no_background_where_the_bundle_says_so() -> None:
+    bundle = Bundle.recorded(default_bundle())
+    rows = {}
+    for most in (1, 4):
+        engine = QuickEngine()
+        told = replace(bundle, info={**bundle.info, "outlines": most})
+        sampler = Sampler(told, engine, classes={"benign": 1.0}, batch_size=4)
+        samples = sampler.draw(5, range(24), lambda done: None).samples
+        rows[most] = sum(rows for stage, rows in engine.calls if stage == "prior"), samples
+        if most == 4:
+            for sample in samples:
+                outside = ~edit_region(sample.mask, np.ones_like(sample.mask))
+                background = sampler.background(5, sample.index, sample.attempt)
+                # What no lesion reaches is the background's own, whichever outline it was.
+                assert np.array_equal(sample.image[outside], background[outside])
+    (once, before), (again, after) = rows[1], rows[4]
+    refused, less = (sum(sample.attempt for sample in part) for part in (before, after))
+    assert refused > less and once > again
+    for one, other in zip(before, after, strict=True):
+        if not one.attempt:
+            assert np.array_equal(one.image, other.image) and one.row == other.row
