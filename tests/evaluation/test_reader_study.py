@@ -346,7 +346,7 @@ def test_the_command_in_both_its_forms(dataset: Path, synthetic_busi: Path, tmp_
     done = run("reader-study", dataset, "--real", synthetic_busi, "--cases", 4, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "1 real benign, 1 real malignant, 1 synthetic benign, 1 synthetic malignant" in done.stdout
-    note = "Scanners are matched for 0 of 1 benign, 0 of 1 malignant images a side"
+    note = "Scanners are matched for 0 of 1 malignant, 0 of 1 benign images a side"  # The rarest first.
     assert note in " ".join(done.stdout.split()) and note in (out / "README.md").read_text()
     key = read_key(out / "key.json")
     truths = [key.cases[one.case].truth for one in key.shown]
