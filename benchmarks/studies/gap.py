@@ -86,9 +86,8 @@ def main() -> None:
 
 def lesions(prepared: Prepared, splits: tuple[str, ...], source: str | None, scanner: str | None) -> ImageSet:
     """Lesion images of the splits, overlays painted over, each a background of its own."""
-    found = from_prepared(prepared, splits, lesions_only=True).without_overlays()
-    told = prepared.table.select("id", "scanner")
-    table = found.table.with_columns(pl.lit(SYNTHETIC).alias("background")).join(told, on="id", maintain_order="left")
+    found = from_prepared(prepared, splits, lesions_only=True, also=("scanner",)).without_overlays()
+    table = found.table.with_columns(pl.lit(SYNTHETIC).alias("background"))
     found = replace(found, table=table, clean=None)
     wanted = table["id"].str.starts_with("" if source is None else f"{source}/")
     if scanner is not None:

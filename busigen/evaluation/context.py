@@ -45,7 +45,7 @@ class ImageSet:
             suspected in the native image), ``background`` (what a busigen sample was painted into: the sha256 of a
             healthy image's file, or ``synthetic``; else null), ``mask_files`` (0 where the image has none),
             ``grid_group`` and ``grid_level`` (of a busigen grid: which background it is, and the sample's own levels;
-            else null).
+            else null); and what was asked for besides (`read_set`).
         overlays: ``bool (N, 256, 256)``, pixels suspected to be overlay.
         clean: ``images`` with everything painted over that may be overlay, or None where that was not looked for.
         layout: How the folder is laid out, for people: ``busigen dataset``, ``prepared``, ``BUSI``, ...

@@ -7,6 +7,8 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,10 @@ from busigen.evaluation.context import ImageSet
 from busigen.evaluation.reader_study.cases import Side, choose, sequence, spread
 from busigen.evaluation.reader_study.make import make
 from busigen.evaluation.reader_study.pictures import LESION_MARGIN, finished, with_decoys
-from busigen.evaluation.reader_study.records import Key, read_key
+from busigen.evaluation.reader_study.records import Key, Truth, read_key
+from busigen.runtime.dataset.format import SampleBatch
 from busigen.runtime.execution.factory import generate
+from tests.conftest import Sources
 from tests.harness.command import error_line, run
 from tests.harness.noise_source import NoiseSource
 from tests.harness.synthetic_datasets import draw_pairs
@@ -186,17 +190,20 @@ def test_images_that_give_themselves_away_are_left_out(dataset: Path, synthetic_
         make(dataset, synthetic_busi, tmp_path / "three", cases=8, leave_out=["nobody"])
 
 
-def side(truth: str, images: ImageSet, sources: list[str | None] | None = None) -> Side:
-    nothing: list[str | None] = [None] * len(images)
-    return Side(truth, images, sources or nothing, nothing)  # type: ignore[arg-type]
+def side(truth: Truth, images: ImageSet, **told: list[str | None]) -> Side:
+    columns = {name: told.get(name, [None] * len(images)) for name in ("source", "scanner", "birads")}
+    table = images.table.with_columns(**{name: pl.Series(said, dtype=pl.String) for name, said in columns.items()})
+    return Side(truth, replace(images, table=table))
 
 
 def test_classes_and_sources_are_balanced_and_no_group_comes_twice() -> None:
     rng = np.random.default_rng(0)
     real = synthetic_set(80, 1)
     sources = [("a", "a", "a", "b")[k // 2 % 4] for k in range(80)]  # b: 10 groups, all malignant ones.
-    real_rows, rows = choose([side("real", real, sources), side("synthetic", synthetic_set(60, 2))], 38, rng)
+    sides = [side("real", real, source=sources), side("synthetic", synthetic_set(60, 2))]
+    (real_rows, rows), notes = choose(sides, 38, rng)
     assert (len(real_rows), len(rows)) == (19, 19)
+    assert len(notes) == 1 and "Scanners are matched for 0 of 10 benign, 0 of 9 malignant images a side" in notes[0]
     drawn = real.table[real_rows.tolist()]
     assert sorted(Counter(drawn["class"]).values()) == [9, 10]
     assert drawn["group"].n_unique() == 19
@@ -204,12 +211,84 @@ def test_classes_and_sources_are_balanced_and_no_group_comes_twice() -> None:
     assert abs(malignant["a"] - malignant["b"]) <= 1
 
 
+def test_scanners_are_as_frequent_on_one_side_as_on_the_other_as_far_as_both_have_them() -> None:
+    # Groups of two images, every second of them benign.
+    told = {
+        "real": [("A", "B", "A", None, "A", "C")[k // 4 % 6] for k in range(96)],
+        "synthetic": [("B", None, "A", "D")[k // 4 % 4] for k in range(96)],
+    }
+    made = {truth: synthetic_set(96, number) for number, truth in enumerate(told, start=1)}
+    sides = [
+        side("real", made["real"], scanner=told["real"]),
+        side("synthetic", made["synthetic"], scanner=told["synthetic"]),
+    ]
+
+    def drawn(cases: int) -> tuple[list[Counter[tuple[str, str | None]]], list[str]]:
+        rows, notes = choose(sides, cases, np.random.default_rng(0))
+        found = [
+            Counter((str(one.images.classes[row]), told[one.truth][row]) for row in some)
+            for one, some in zip(sides, rows, strict=True)
+        ]
+        assert all(
+            sorted(Counter(one.images.groups[some]).values()) == [1] * (cases // 2)
+            for one, some in zip(sides, rows, strict=True)
+        )
+        return found, notes
+
+    (real, synthetic), notes = drawn(24)
+    assert real == synthetic == {(label, name): 3 for label in ("benign", "malignant") for name in "AB"} and not notes
+    # Of B the real set has four of a class, and of A the synthetic one six.
+    (real, synthetic), notes = drawn(44)
+    assert len(notes) == 1 and "matched for 10 of 11 benign, 10 of 11 malignant images a side" in notes[0]
+    for label in ("benign", "malignant"):
+        assert (
+            real[label, "A"] >= 6
+            and real[label, "B"] >= 4
+            and synthetic[label, "A"] >= 6
+            and synthetic[label, "B"] >= 4
+        )
+
+
+class ScannerSource(NoiseSource):
+    """The noise source, whose samples say in turn which scanner they are of, or any."""
+
+    def row_types(self) -> Mapping[str, type]:
+        return {**super().row_types(), "scanner": str}
+
+    def draw(self, seed: int, indices: Sequence[int], done: Callable[[int], None]) -> SampleBatch:
+        batch = super().draw(seed, indices, done)
+        names = ("GE Logiq E9", "GE Logiq 7", "Philips", None)
+        return replace(
+            batch, samples=[replace(one, row=one.row | {"scanner": names[one.index % 4]}) for one in batch.samples]
+        )
+
+
+def test_a_study_matches_the_scanners_that_prepare_and_a_dataset_name(any_sources: Sources, tmp_path: Path) -> None:
+    folder = any_sources.prepared.folder
+    named = any_sources.prepared.table.filter(pl.col("scanner") == "GE Logiq 7").height > 0
+    generate(ScannerSource(), tmp_path / "set", count=80, seed=7)
+    made = make(tmp_path / "set", folder, tmp_path / "study", cases=16 if named else 8)
+    key = read_key(tmp_path / "study" / "key.json")
+    found = Counter((case.truth, case.image_class, case.scanner) for case in key.cases)
+    # The drawn sets name BUSI's scanner alone.
+    scanners = ("GE Logiq 7", "GE Logiq E9") if named else ("GE Logiq E9",)
+    assert found == {
+        (truth, label, name): 2
+        for truth in ("real", "synthetic")
+        for label in ("benign", "malignant")
+        for name in scanners
+    }
+    assert not any("Scanners" in note for note in made.notes)
+    told = dict(any_sources.prepared.table.select("id", "scanner").iter_rows())
+    assert all(told[case.id] == case.scanner for case in key.cases if case.truth == "real")
+
+
 def test_too_few_images_of_a_class_say_how_many_cases_there_can_be() -> None:
     rng = np.random.default_rng(0)
     sides = [side("real", synthetic_set(16, 1)), side("synthetic", synthetic_set(80, 2))]
     with pytest.raises(InputError, match=r"24 cases need 6 real images of the class benign.* has 4\. .*--cases 16\."):
         choose(sides, 24, rng)
-    assert [len(rows) for rows in choose(sides, 16, rng)] == [8, 8]
+    assert [len(rows) for rows in choose(sides, 16, rng)[0]] == [8, 8]
     with pytest.raises(InputError, match="share no class: the real ones are normal; the synthetic ones are benign"):
         choose([side("real", synthetic_set(8, 1, ("normal",))), sides[1]], 8, rng)
 
@@ -267,6 +346,8 @@ def test_the_command_in_both_its_forms(dataset: Path, synthetic_busi: Path, tmp_
     done = run("reader-study", dataset, "--real", synthetic_busi, "--cases", 4, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "1 real benign, 1 real malignant, 1 synthetic benign, 1 synthetic malignant" in done.stdout
+    note = "Scanners are matched for 0 of 1 malignant, 0 of 1 benign images a side"  # The rarest first.
+    assert note in " ".join(done.stdout.split()) and note in (out / "README.md").read_text()
     key = read_key(out / "key.json")
     truths = [key.cases[one.case].truth for one in key.shown]
     answers = [{"image": k + 1, "rating": 6 if truth == "synthetic" else 1} for k, truth in enumerate(truths)]

@@ -372,6 +372,19 @@ def test_images_within_a_column_are_read_from_prepared_folders_and_rows(
     assert "A 7 (2), B (1)" in caught.value.fix
 
 
+def test_columns_that_are_asked_for_are_read_besides(synthetic_prepared: Prepared, tmp_path: Path) -> None:
+    folder, told = synthetic_prepared.folder, ("scanner", "source")
+    found, known = read_set(folder, also=told).table, synthetic_prepared.table
+    assert found.select("id", *told).rows() == known.filter(pl.col("split") != "excluded").select("id", *told).rows()
+    members = dict(zip(("0.image.png", "0.mask.png"), pair(), strict=True))
+    members |= dict(zip(("1.image.png", "1.mask.png"), pair(1), strict=True))
+    members["0.json"] = json.dumps({"class": "benign", "scanner": "A 7", "source": 3}).encode()
+    rows = read_set(write_tar(tmp_path / "a.tar", members), also=told).table
+    # What is no text is nobody's name.
+    assert rows.select("id", *told).rows() == [("0", "A 7", None), ("1", None, None)]
+    assert set(rows.columns) == {*read_set(tmp_path / "a.tar").table.columns, *told}
+
+
 def test_a_set_without_the_column_is_read_whole_and_says_so_unless_it_has_to_have_it(synthetic_busi: Path) -> None:
     found = read_set(synthetic_busi, within=Within("scanner", "A"))
     assert len(found) == 32

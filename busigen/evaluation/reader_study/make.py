@@ -7,11 +7,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from markupsafe import Markup
 
 from busigen import __version__
@@ -29,6 +30,7 @@ from busigen.evaluation.reader_study.records import (
     SCALE,
     SCHEMA,
     SYNTHETIC_FROM,
+    Truth,
     read_key,
     study_id,
 )
@@ -81,8 +83,8 @@ def make(
     """Write a study: ``study.html`` for the readers, ``key.json`` and ``README.md`` for whoever made it.
 
     Half of the cases are real, of a prepared folder's splits that trained nothing; every class is as frequent among
-    them as among the others, and every source of real images as frequent as the others. The same sets, seed and options
-    give the same study.
+    them as among the others, and so are, within a class, the scanners that both sets name. The same sets, seed and
+    options give the same study.
 
     Args:
         synthetic: The set under judgement, in any layout that the audit reads.
@@ -108,13 +110,14 @@ def make(
         raise UsageError(f"--repeats is {repeats}.", fix=f"Give 0 to {cases // 3}, a third of the cases.")
     _refuse_foreign(out)
     progress = progress or Progress()
-    sides = [_real(real, cases, seed, progress), _synthetic(synthetic, cases, seed, progress)]
+    sides = [_real(real, cases, seed, progress), _side("synthetic", synthetic, cases, seed, progress)]
     notes = _doubts(sides, real, synthetic)
     # The sets are part of it: who knows the key of another study with this seed knows nothing of this one's order.
     prints = hashlib.sha256("".join(fingerprint(side.images) for side in sides).encode()).digest()
     rng = np.random.default_rng([seed, *np.frombuffer(prints, np.uint32).tolist()])
     sides = _without(sides, leave_out)
-    rows = choose(sides, cases, rng)
+    rows, unmatched = choose(sides, cases, rng)
+    notes += unmatched
     listed = [_case(side, int(row)) for side, drawn in zip(sides, rows, strict=True) for row in drawn]
     pictures = _pictures(sides, rows, outlines, progress)
     order = sequence([case["truth"] for case in listed], repeats, rng)
@@ -165,18 +168,15 @@ def _hash(text: str) -> str:
 
 def _real(path: Path, cases: int, seed: int, progress: Progress) -> Side:
     if not (path / INFO).is_file():
-        images = read_set(path, progress, limit=READ_FACTOR * cases, seed=seed)
-        return Side("real", images, [None] * len(images), [None] * len(images))
-    prepared = Prepared.open(path)
-    images = from_prepared(prepared, HELD_OUT)
-    known = {row["id"]: row for row in prepared.table.select("id", "source", "birads").iter_rows(named=True)}
-    rows = [known[name] for name in images.table["id"]]
-    return Side("real", images, [row["source"] for row in rows], [row["birads"] for row in rows])
+        return _side("real", path, cases, seed, progress)
+    return Side("real", from_prepared(Prepared.open(path), HELD_OUT, also=("source", "scanner", "birads")))
 
 
-def _synthetic(path: Path, cases: int, seed: int, progress: Progress) -> Side:
-    images = read_set(path, progress, limit=READ_FACTOR * cases, seed=seed)
-    return Side("synthetic", images, [None] * len(images), [None] * len(images))
+def _side(truth: Truth, path: Path, cases: int, seed: int, progress: Progress) -> Side:
+    """A set of any layout. What its rows call source or BI-RADS category need not be either."""
+    images = read_set(path, progress, limit=READ_FACTOR * cases, seed=seed, also=("scanner",))
+    unknown = dict.fromkeys(("source", "birads"), pl.lit(None, pl.String))
+    return Side(truth, replace(images, table=images.table.with_columns(**unknown)))
 
 
 def _doubts(sides: Sequence[Side], real: Path, synthetic: Path) -> list[str]:
@@ -215,11 +215,12 @@ def _case(side: Side, row: int) -> dict[str, Any]:
     return {
         "truth": side.truth,
         "image_class": of_file["class"],
-        "source": side.sources[row],
+        "source": of_file["source"],
+        "scanner": of_file["scanner"],
         "id": of_file["id"],
         "file": of_file["file"],
         "sha256": of_file["sha256"],
-        "birads": side.birads[row],
+        "birads": of_file["birads"],
     }
 
 

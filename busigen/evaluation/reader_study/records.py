@@ -47,13 +47,14 @@ Version = Literal[1]
 class Case(Record):
     """One image of a study.
 
-    ``source`` is the set it comes from where that is known, and ``birads`` the category recorded for it; ``id``,
-    ``file`` and ``sha256`` are those of the file.
+    ``source`` is the set it comes from and ``scanner`` what it was taken with, where that is known, and ``birads`` the
+    category recorded for it; ``id``, ``file`` and ``sha256`` are those of the file.
     """
 
     truth: Truth
     image_class: Text
     source: Text | None
+    scanner: Text | None = None  # Keys of earlier versions do not say it.
     id: Text
     file: Text
     sha256: Text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +70,7 @@ def read_set(
     seed: int = 0,
     frames: int = 1,
     within: Within | None = None,
+    also: Sequence[str] = (),
 ) -> ImageSet:
     """Read a labelled set, whatever its layout.
 
@@ -76,6 +78,7 @@ def read_set(
     images; BUSI, BUS-BRA, or ``images/`` and ``masks/``. Groups are patients, shared backgrounds and near-duplicates.
     At most ``limit`` images are read, drawn at random, and ``frames`` frames of each DICOM file. Five thousand images
     take about 1.8 GB. ``within``: Only these images, where the set has the column; a note says where it has not.
+    ``also`` are columns of texts that the table gets besides, null where an image's row has none.
 
     Raises:
         InputError: the folder is missing, has no known layout, none of its images can be read, or none is ``within``.
@@ -83,12 +86,12 @@ def read_set(
     """
     path = Path(path)
     if (path / INFO).is_file():
-        found = from_prepared(Prepared.open(path), tuple(SPLITS), within=within)
+        found = from_prepared(Prepared.open(path), tuple(SPLITS), within=within, also=also)
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []
     notes: list[str] = []
     progress = progress or Progress()
-    wanted = () if within is None else (within.column,)
+    wanted = also if within is None else (*also, within.column)
     layout, items = list_set(path, refused, notes, frames, progress.counter("looking at DICOM files", "file"), wanted)
     if within is not None:
         known = any(within.column in item.columns for item in items)
@@ -115,7 +118,7 @@ def read_set(
                 else:
                     for name, array in frame.arrays.items():
                         arrays[name][len(rows)] = array
-                    rows.append(frame.row)
+                    rows.append(frame.row | {name: _text(item.columns.get(name)) for name in also})
                     thumbnails.append(frame.thumbnail)
                     patients.append(item.patient)
                     for note in frame.notes:
@@ -131,7 +134,7 @@ def read_set(
         row["group"] = int(group)
     return ImageSet(
         name=path.resolve().name,
-        table=pl.DataFrame(rows, schema=TABLE),
+        table=pl.DataFrame(rows, schema=TABLE | dict.fromkeys(also, pl.String())),
         layout=layout,
         refused=tuple(refused),
         notes=tuple(notes),
@@ -140,9 +143,17 @@ def read_set(
 
 
 def from_prepared(
-    prepared: Prepared, splits: tuple[str, ...], *, lesions_only: bool = False, within: Within | None = None
+    prepared: Prepared,
+    splits: tuple[str, ...],
+    *,
+    lesions_only: bool = False,
+    within: Within | None = None,
+    also: Sequence[str] = (),
 ) -> ImageSet:
-    """The images of some ``registry.SPLITS`` of a prepared folder, all or ``within``; raises as `read_set` does."""
+    """The images of some ``registry.SPLITS`` of a prepared folder, all or ``within``; raises as `read_set` does.
+
+    ``also`` are columns of texts that the table gets besides; all of them are the folder's.
+    """
     table = prepared.table.filter(pl.col("split").is_in(splits))
     notes: tuple[str, ...] = ()
     if within is not None:
@@ -157,7 +168,7 @@ def from_prepared(
     side = prepared.images.shape[1]
     valid = np.stack([Letterbox(*box).valid for box in boxes]) if len(rows) else np.zeros((0, side, side), np.bool_)
     columns = table.select(
-        *("id", "class", "group", "sha256", "width", "height", "lesions"),
+        *("id", "class", "group", "sha256", "width", "height", "lesions", *also),
         pl.col("mask_files").list.len().cast(pl.Int64),
         file="image_file",
         colour="overlay_colour",
@@ -165,7 +176,7 @@ def from_prepared(
         calipers="overlay_calipers",
         mode=pl.lit(None, pl.String),
         **dict.fromkeys(("background", *GRID), pl.lit(None, pl.String)),
-    ).select(list(TABLE))
+    ).select([*TABLE, *also])
     return ImageSet(
         name=prepared.folder.resolve().name,
         images=np.asarray(prepared.images[rows]),

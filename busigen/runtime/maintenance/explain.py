@@ -241,9 +241,15 @@ class Replay:
 
     image_agrees: bool  # the PNG's bytes are those in the shard and those that every row records
     mask_agrees: bool
+    extra_agree: dict[str, bool]  # likewise, of each lesion's mask and the map of tissues, where there are any
     differs: tuple[str, ...]  # everything in which the new sample and the dataset differ
     conditions: tuple[str, ...]  # in what the replay's conditions differ from the run's
     files: dict[str, str]  # hashes of the new files by their kind
+
+    @property
+    def agrees(self) -> dict[str, bool]:
+        """Whether each picture agrees, by its kind, in the order of a shard."""
+        return {"image": self.image_agrees, "mask": self.mask_agrees, **self.extra_agree}
 
 
 @dataclass(frozen=True)
@@ -301,8 +307,9 @@ class Explanation:
         replay = self.replay
         if replay is None:
             return
-        for kind, agrees in (("image", replay.image_agrees), ("mask", replay.mask_agrees)):
-            yield f"  replay: the {kind}'s bytes {'agree' if agrees else 'DIFFER'} ({replay.files[kind]})"
+        for kind, agrees in replay.agrees.items():
+            name = f"the {kind}" if kind.isalpha() else kind.replace("_", " ")
+            yield f"  replay: {name}'s bytes {'agree' if agrees else 'DIFFER'} ({replay.files[kind]})"
         yield from (f"    {difference}" for difference in replay.differs)
         if replay.conditions:
             yield "  replay: under other conditions than the run's; with another engine, grey levels may differ:"
@@ -385,7 +392,8 @@ def _replay(recorded: Recorded, source: Source) -> tuple[Replay, Member]:
         )
         differs.append(f"refused draws: {then}, drawn again {now}.")
     conditions = tuple(then_and_now(other_conditions(recorded.run, source)))
-    return Replay(agrees["image"], agrees["mask"], tuple(differs), conditions, files), member
+    image_agrees, mask_agrees = (agrees.pop(kind) for kind in ("image", "mask"))
+    return Replay(image_agrees, mask_agrees, agrees, tuple(differs), conditions, files), member
 
 
 def _pixel_differences(kind: str, member: Member, stored: Member) -> list[str]:
@@ -405,7 +413,7 @@ def _pixel_differences(kind: str, member: Member, stored: Member) -> list[str]:
 def _disagreement(recorded: Recorded, replay: Replay) -> IntegrityError | None:
     if not replay.differs:
         return None
-    wrong = [kind for kind, agrees in (("image", replay.image_agrees), ("mask", replay.mask_agrees)) if not agrees]
+    wrong = [kind.replace("_", " ") for kind, agrees in replay.agrees.items() if not agrees]
     what = f"the bytes of {' and '.join(wrong)} differ" if wrong else "the files agree, but what is recorded differs"
     if replay.conditions:
         fix = "The conditions are others than the run's (see above), which can explain it: repeat them to be sure."

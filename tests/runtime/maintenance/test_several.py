@@ -133,13 +133,33 @@ def test_explain_tells_each_lesion_and_draws_them_again(kind: str, real: Path, h
     assert told.history["asked"]["lesions"] == MIX
     links = {link["link"]: link["sha256"] for link in told.history["chain"]}
     assert links["mask 2"] == pair.row["mask_2_sha256"]
-    said = [line for line in told.lines() if line.startswith("  lesion ")]
+    assert told.replay is not None
+    lines = list(told.lines())
+    agreed = [f"mask {number}" for number in (1, 2, 3)]
+    for name in ("the image", "the mask", *agreed):
+        kind = name.removeprefix("the ").replace(" ", "_")
+        assert f"  replay: {name}'s bytes agree ({pair.row[f'{kind}_sha256']})" in lines
+    said = [line for line in lines if line.startswith("  lesion ")]
     assert len(said) == len(pair.masks)
     for line, mask in zip(said, pair.masks, strict=True):
         assert f"pixels {mask.sum()}," in line and f"box_top {np.flatnonzero(mask.any(axis=1))[0]}," in line
     shards = members(out / f"shards/{int(pair.key) // 5:06}.tar")
     for suffix in ("image.png", "mask.png", *MASKS, "json"):
         assert (tmp_path / f"again/{pair.key}.{suffix}").read_bytes() == shards[f"{pair.key}.{suffix}"]
+
+
+def test_explain_names_the_lesion_whose_mask_was_changed(healthy: Path, tmp_path: Path) -> None:
+    out, keys = written(tmp_path / "set", healthy), []
+
+    def drop(files: dict[str, bytes], key: str) -> None:
+        keys.append(key)
+        files[f"{key}.mask_2.png"] = files[f"{key}.mask_1.png"]
+
+    tampered(out, drop)
+    told = explain(out, keys[0], inputs=QuickInputs(healthy=healthy))
+    assert "does not replay: the bytes of mask 2 differ" in str(told.error)
+    assert any(line.startswith("  replay: mask 2's bytes DIFFER") for line in told.lines())
+    assert any(line.startswith("  replay: mask 1's bytes agree") for line in told.lines())
 
 
 def test_repair_draws_them_again(healthy: Path, tmp_path: Path) -> None:

@@ -271,7 +271,9 @@ def test_one_pair_large(opened: Callable[[str], Shown], plain: Path) -> None:
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
-def test_lesions_of_a_pair_with_several_are_told_one_by_one(context: BrowserContext, tmp_path: Path) -> None:
+def test_lesions_of_a_pair_with_several_are_told_one_by_one_and_an_empty_mask_is_said_to_be_one(
+    context: BrowserContext, tmp_path: Path
+) -> None:
     out = written(tmp_path / "set")
     assert run("view", out, "--html", tmp_path / "page.html").returncode == 0
     rows = pl.read_parquet(out / "manifest.parquet").sort("lesions").rows(named=True)
@@ -285,6 +287,15 @@ def test_lesions_of_a_pair_with_several_are_told_one_by_one(context: BrowserCont
     tiles = page.locator("#grid .caption")
     expect(tiles.filter(has_text=rows[-1]["key"])).to_contain_text("3 lesions")
     expect(tiles.filter(has_text=rows[0]["key"])).not_to_contain_text("lesion")
+    mask = page.locator("#pictures figure").last
+    expect(mask).to_have_text("Mask")
+    page.goto(f"{address}#{urlencode({'pair': rows[0]['key']})}")
+    expect(mask.get_by_text("empty")).to_be_visible()
+    # It is seen on the black square and not behind it.
+    assert mask.get_by_text("empty").evaluate(
+        "one => { const { left, top } = one.getBoundingClientRect();"
+        " return document.elementFromPoint(left + 1, top + 1) === one; }"
+    )
     page.close()
 
 

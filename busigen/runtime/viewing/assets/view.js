@@ -371,8 +371,12 @@
     $("pair-place").replaceChildren(dot(label), ` ${label}, ${place}`);
     const figure = (kind, text) =>
       made("figure", "", "", picture(wanted, kind, `${text} of pair ${wanted}`), made("figcaption", "", text));
+    const mask = figure("mask", "Mask");
+    if (pair.row.lesion_pixels === 0) { // A black square, which nothing else tells from a mistake
+      mask.querySelector("img").addEventListener("load", () => mask.firstChild.append(made("span", "", "empty")));
+    }
     $("pictures").replaceChildren(
-      figure("image", "Image"), ...(pair.beside === null ? [] : [figure("healthy", pair.beside)]), figure("mask", "Mask"),
+      figure("image", "Image"), ...(pair.beside === null ? [] : [figure("healthy", pair.beside)]), mask,
     );
     $("lesions").replaceChildren(...lesions(pair.row));
     $("several").hidden = !$("lesions").childElementCount;
