@@ -227,8 +227,10 @@ class GenerateOptions(SourceOptions):
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
         classes, asked = self.conditions()
+        kinds = (tuple(classes), tuple(asked.birads))
         if grid := self.grid():
             grid.refuse_cut(plan)
+            kinds = (grid.levels("class") or kinds[0], grid.levels("birads") or kinds[1])
         if isinstance(self.out, Path):
             if self.spool is not None:
                 problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."
@@ -237,7 +239,7 @@ class GenerateOptions(SourceOptions):
             from busigen.runtime.output.remote import tasks_refused
 
             raise tasks_refused(self.out)
-        for line in hardly_known(classes, asked) if self.bundle is None else ():
+        for line in hardly_known(*kinds) if self.bundle is None else ():
             progress.note(line)
         output = self._output(progress)
         refuse_small_disk(output, plan)

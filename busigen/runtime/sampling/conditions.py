@@ -115,12 +115,12 @@ def parse_conditions(
     return SampleConditions(ranges, {} if birads is None else _categories(birads))
 
 
-def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:
+def hardly_known(classes: Iterable[str], categories: Iterable[str]) -> Iterator[str]:
     """A warning for each class and requested BI-RADS category of which the shipped bundle has seen few images."""
-    for label, category in product(classes, asked.birads):
+    for label, category in product(classes, categories):
         if (seen := BIRADS_IMAGES[label][category]) < _FEW_IMAGES:
             yield (
-                f"--birads {category} with {label}: the shipped bundle learned it from {seen} images, so it "
+                f"BI-RADS {category} with {label}: the shipped bundle learned it from {seen} images, so it "
                 f"hardly knows what such lesions look like"
             )
 

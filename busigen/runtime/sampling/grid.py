@@ -76,6 +76,10 @@ class Grid:
             open_.pop("height_width", None)
         return parse_conditions(**{**typed, **open_})  # type: ignore[arg-type]
 
+    def levels(self, name: str) -> tuple[str, ...]:
+        """The levels of an attribute in order; none where it is not varied."""
+        return tuple(dict.fromkeys(cell[name] for cell in self.cells if name in cell))
+
     def cell(self, index: int) -> Mapping[str, str]:
         """The levels of a sample: all of a background follow one another."""
         return self.cells[index % len(self.cells)]
