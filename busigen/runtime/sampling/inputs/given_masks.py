@@ -38,7 +38,7 @@ log = logging.getLogger("busigen.runtime")
 MAX_JITTER = 0.5  # of ``--jitter``: beyond it, nothing of where an outline lay would be left
 CACHED_MASKS = 512  # masks that are kept in memory as bits, 67 MB for images of a megapixel; of more, those used last
 
-_UNREADABLE, _EMPTY, _REPEATED, _SMALL = "unreadable", "with nothing marked", "the same mask again", "too small"
+_UNREADABLE, _EMPTY, _REPEATED, _SMALL = "unreadable or no masks", "with nothing marked", "the same mask again", "too small"
 _OTHER_CLASS, _NORMAL = "of a class that --classes leaves out", "of images called normal"
 _NAMED = (_UNREADABLE, _SMALL, _NORMAL)  # reasons whose files are named one by one
 
@@ -196,7 +196,7 @@ class MaskFolder:
         if not native.any():
             return _EMPTY, ""
         if item.record.image_class == "normal":
-            return _NORMAL, f"{item.file} marks a lesion, and its image is called normal."
+            return _NORMAL, f"{item.file} marks a lesion, and its image is called normal. Name both otherwise."
         if item.label is not None and item.label not in self._classes:
             return _OTHER_CLASS, ""
         frame = Placement.letterboxed(native.shape).apply(native)
