@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,11 @@ class GenerateOptions(SourceOptions):
 
         processes = (self.workers or 1) if self.ray_address is None else 1
         sampler = self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
-        if plan and sampler.plan.healthy and (wanted := int(self.normals * plan.count)) > len(sampler.plan.healthy):
+        count = planned(self.count, self.index_range, None, seed=self.seed, shard_size=self.shard_size)[0].count
+        lesions = int(count * (1 - Fraction(str(self.normals))))
+        if sampler.plan.masks:
+            sampler.plan.masks.log_use(sampler.plan.healthy, lesions)
+        if plan and sampler.plan.healthy and (wanted := count - lesions) > len(sampler.plan.healthy):
             problem = f"--normals {self.normals:g} asks for {wanted} images without a lesion"
             progress.note(f"{problem}, and --healthy has {len(sampler.plan.healthy)}: they are there several times")
         return sampler
