@@ -197,7 +197,7 @@ def generate(
         seconds=time.monotonic() - started,
         already_complete=finished,
         missing=missing,
-        dealt=_dealt(output.folder / MANIFEST_FILE),
+        dealt={} if missing else _dealt(output.folder / MANIFEST_FILE),
     )
     progress.event(
         "finished",

@@ -38,7 +38,7 @@ log = logging.getLogger("busigen.runtime")
 MAX_JITTER = 0.5  # of ``--jitter``: beyond it, nothing of where an outline lay would be left
 CACHED_MASKS = 512  # masks that are kept in memory as bits, 67 MB for images of a megapixel; of more, those used last
 
-_UNREADABLE, _EMPTY = "that are no masks or cannot be read", "with nothing marked"
+_UNREADABLE, _EMPTY = "no mask or unreadable", "with nothing marked"
 _REPEATED, _SMALL = "the same mask again", "too small"
 _OTHER_CLASS, _NORMAL = "of a class that --classes leaves out", "of images called normal"
 _NAMED = (_UNREADABLE, _SMALL, _NORMAL)  # reasons whose files are named one by one
