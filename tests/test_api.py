@@ -112,15 +112,23 @@ def test_a_dataset_is_read_by_position(plain: Path, remote: bool) -> None:
     pair = data[4]
     assert (pair.key, pair.image.dtype, pair.mask.dtype) == ("000000007", np.uint8, np.bool_)
     assert pair.row == data.manifest().row(4, named=True)
-    with pytest.raises(IndexError):
+    assert content([data["000000007"], view["000000008"]]) == [samples[4], samples[5]]
+    with pytest.raises(IndexError, match="no position 8: they go from 0 to below 8"):
         data[8]
+    for asked, key in ((data, "7"), (data, "000000002"), (data, "000/000000007"), (data[:0], "000000007")):
+        with pytest.raises(KeyError, match=f"no pair '{key}'"):
+            asked[key]
+    with pytest.raises(KeyError, match="the keys are 000000004 to 000000008"):
+        view["000000003"]
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_merged_dataset_is_one(merged: Path, remote: bool) -> None:
     data = busigen.Dataset(url(merged) if remote else merged)
     assert content(data) == expected([(SEED, k) for k in range(3, 11)] + [(SEED + 1, k) for k in range(4)])
-    assert [data[position].key for position in (7, 8)] == ["000/000000010", "001/000000000"]
+    for position, key in ((7, "000/000000010"), (8, "001/000000000")):
+        assert data[position].key == key
+        assert data[key].row == data[position].row
     table = data.manifest()
     assert table["part"].to_list() == ["parts/000"] * 8 + ["parts/001"] * 4
     # What the folder itself says.

@@ -50,3 +50,15 @@ def test_what_cannot_be_varied_is_said_in_a_line(tmp_path: Path) -> None:
     ):
         assert words in error_line(run("grid", *options, "--out", tmp_path / "set"), 2)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_category_that_the_bundle_hardly_knows_is_said_whether_asked_or_varied(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("mine")  # So that nothing is drawn: the folder is someone's.
+    for options, told in (
+        (("--vary", "size", "--birads", "2"), ["BI-RADS 2 with malignant"]),
+        (("--vary", "birads=2/4", "--classes", "benign"), []),
+        (("--vary", "class,birads=2/5"), ["BI-RADS 5 with benign", "BI-RADS 2 with malignant"]),
+    ):
+        done = run("grid", *options, "--out", tmp_path)
+        assert done.returncode == 4, done.stderr
+        assert [line.partition(":")[0] for line in done.stderr.splitlines() if "learned it from" in line] == told

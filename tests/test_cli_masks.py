@@ -39,6 +39,8 @@ def test_a_dataset_of_own_masks_is_proven_replayed_and_mended_and_workers_change
     done = generated(places, out)
     assert done.returncode == 0, done.stderr
     assert "masks: 4 used (4 malignant)" in done.stderr
+    assert "masks: 0 on the healthy image of their name, 4 on images drawn at random" in done.stderr
+    assert "not used" not in done.stderr
     table = pl.read_parquet(out / "manifest.parquet")
     assert table["given_mask_sha256"].n_unique() == 4
     whole = hashes(out)
@@ -66,8 +68,19 @@ def test_a_dataset_of_own_masks_is_proven_replayed_and_mended_and_workers_change
     assert mended.returncode == 0, mended.stderr
     assert hashes(out) == whole
 
-    assert generated(places, tmp_path / "workers", "--workers", 2).returncode == 0
+    by_two = generated(places, tmp_path / "workers", "--workers", 2)
+    assert by_two.returncode == 0
+    assert by_two.stderr.count("4 on images drawn at random") == 1
     assert hashes(tmp_path / "workers") == whole
+
+
+def test_what_becomes_of_the_masks_is_said(places: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(places["healthy"], tmp_path / "healthy")
+    next((tmp_path / "healthy").glob("*).png")).rename(tmp_path / "healthy/malignant (2).png")
+    places = {**places, "healthy": tmp_path / "healthy"}
+    done = generated(places, tmp_path / "set", "--count", 4, "--shard-size", 4, "--normals", 0.5)
+    assert "masks: 1 on the healthy image of their name, 3 on images drawn at random" in done.stderr
+    assert "masks: 2 of 4 are not used; a larger --count uses more" in done.stderr
 
 
 def test_what_is_missing_or_asked_for_twice_is_said_in_a_line(places: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from busigen.files import sha256_of
 from busigen.foreign import refuse_costly
 from busigen.registry import SAMPLE_CLASSES
 from busigen.runtime.dataset import reader
-from busigen.runtime.dataset.format import DATASET_FILE, MANIFEST_FILE, Sample, shard_path
+from busigen.runtime.dataset.format import DATASET_FILE, MANIFEST_FILE, Sample, key_of, shard_path
 from busigen.runtime.dataset.shards import row_of
 from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.maintenance.merge import PARTS_FOLDER, open_parts
@@ -79,8 +79,10 @@ class Dataset:
     """The pairs of a finished dataset, plain or merged, in a folder or at a URL.
 
     ``dataset[5]`` is a pair, ``dataset[5:10]`` a dataset of five; both count from 0 in the manifest's order, whatever
-    the indices are. Nothing but what is asked for is read. With ``check``, each shard is hashed before it is read from
-    for the first time, and compared with ``dataset.json``. It can be pickled, and used in processes that fork.
+    the indices are. ``dataset["000000012"]`` is the pair of that key, of a merged one ``dataset["001/000000012"]``. An
+    IndexError or a KeyError says what there is. Nothing but what is asked for is read. With ``check``, each shard is
+    hashed before it is read from for the first time, and compared with ``dataset.json``. It can be pickled, and used in
+    processes that fork.
 
     Raises:
         InputError: there is no finished dataset, or a newer one, or its store cannot be reached.
@@ -100,17 +102,37 @@ class Dataset:
         return len(self._positions)
 
     @overload
-    def __getitem__(self, position: int) -> Pair: ...
+    def __getitem__(self, position: int | str) -> Pair: ...
     @overload
     def __getitem__(self, position: slice) -> Dataset: ...
-    def __getitem__(self, position: int | slice) -> Pair | Dataset:
+    def __getitem__(self, position: int | str | slice) -> Pair | Dataset:
         if isinstance(position, slice):
             view = copy.copy(self)
             view._positions = self._positions[position]
             return view
-        place = self._positions[position]
+        try:
+            place = self._place_of(position) if isinstance(position, str) else self._positions[position]
+        except IndexError:
+            raise IndexError(f"there is no position {position}: they go from 0 to below {len(self)}") from None
+        part, within = self._located(place)
+        return part.pair(within)
+
+    def _located(self, place: int) -> tuple[_Part, int]:
+        """The part of a place among all pairs, and the position there."""
         number = bisect.bisect_right(self._starts, place) - 1
-        return self._parts[number].pair(place - self._starts[number])
+        return self._parts[number], place - self._starts[number]
+
+    def _place_of(self, key: str) -> int:
+        """The place of a key among all pairs of the dataset; a KeyError if this one does not have it."""
+        digits = key.rpartition("/")[2]
+        index = int(digits) if re.fullmatch("[0-9]{9}", digits) else -1
+        for part, start in zip(self._parts, self._starts, strict=False):
+            place = start + index - part.plan.first
+            if index in part.plan.span and key == f"{part.prefix}{digits}" and place in self._positions:
+                return place
+        ends = (self._located(self._positions[at]) for at in (0, -1)) if len(self) else ()
+        said = " to ".join(f"{part.prefix}{key_of(part.plan.first + within)}" for part, within in ends)
+        raise KeyError(f"there is no pair {key!r}: the keys are {said or 'none'}")
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[position] for position in range(len(self)))
@@ -181,7 +203,8 @@ class _Part:
     """The pairs of one dataset that is no collection."""
 
     def __init__(self, dataset: reader.Dataset, place: Path | Address, name: str, check: bool) -> None:
-        self.plan, self._name, self._check = dataset.plan, name.rpartition("/")[2], check
+        self.plan, self._check = dataset.plan, check
+        self.prefix = f"{name.rpartition('/')[2]}/" if name else ""  # of its pairs' keys
         # The record itself takes megabytes, and is not needed any more.
         self._listed = {shard["number"]: shard["tar"] for shard in dataset.info["shards"]}
         self._place = place if isinstance(place, Path) else _Fetched(place)
@@ -200,7 +223,7 @@ class _Part:
         if sample.label not in SAMPLE_CLASSES or sample.index != index:
             problem = f"{path}: {member.key}.json names class {sample.label!r:.40} and index {sample.index}."
             raise IntegrityError(problem, fix=_VERIFY)
-        return _pair(sample, member.row, f"{self._name}/" if self._name else "")
+        return _pair(sample, member.row, self.prefix)
 
     def _shard(self, number: int) -> Path:
         """The path of a shard's tar, checked if that was asked for."""

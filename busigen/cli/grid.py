@@ -21,8 +21,8 @@ def grid(
     vary: Annotated[
         str,
         typer.Option(
-            help="What differs: class, birads, size, depth, across, height_width, scanner, commas between; with "
-            "levels, size=0.02/0.05/0.1."
+            help="What differs: class, birads (only as a tendency), size, depth, across, height_width, scanner, "
+            "commas between; with levels, size=0.02/0.05/0.1."
         ),
     ],
     out: Annotated[

@@ -16,8 +16,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from pydantic import Strict
 
-from busigen.errors import IntegrityError
-from busigen.files import sha256_of
+from busigen.errors import InputError, IntegrityError
+from busigen.files import leftovers, sha256_of
 from busigen.foreign import looking, open_file, refuse_costly
 from busigen.records import Record, Text, Whole, checked, read_given
 from busigen.registry import RESOLUTION
@@ -68,6 +68,11 @@ SCAN_COLUMNS: dict[str, pl.DataType] = {"laterality": pl.String(), "spacing_x": 
 ALL_COLUMNS = {**COLUMNS, **SCAN_COLUMNS}
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether a `busigen prepare` into a folder was killed, or is at work, and has never finished there."""
+    return not (folder / INFO).exists() and bool(leftovers(folder, WRITTEN))
+
+
 def split_hash(sha256: Iterable[str], splits: Iterable[str]) -> str:
     """Fingerprint of who is in which split: hex sha256 over the sorted (image hash, split) pairs."""
     lines = sorted(f"{digest} {split}\n" for digest, split in zip(sha256, splits, strict=True))
@@ -113,6 +118,8 @@ class Prepared:
         an IntegrityError that a file is missing, damaged or not the one that was written.
         """
         folder = Path(folder)
+        if unfinished(folder):
+            raise InputError(f"{folder}: `busigen prepare` was not finished.", fix="Give the same command again.")
         info, _ = read_given(folder / INFO, "prepared folder", schemas=(SCHEMA_VERSION,), fix=_PREPARE)
         checked(PreparedRecord, info, folder / INFO, fix=_PREPARE)
         table = _read_table(folder, info)

@@ -13,7 +13,8 @@ import pytest
 
 from busigen.data.prepared import Prepared
 from busigen.errors import BusigenError, InputError, IntegrityError
-from busigen.files import sha256_of
+from busigen.evaluation.reading.sets import read_set
+from busigen.files import sha256_of, temporary_name
 
 
 @pytest.fixture
@@ -46,6 +47,14 @@ def test_other_folders_are_not_prepared_folders(tmp_path: Path) -> None:
         (tmp_path / "prepared.json").write_text(content)
         with pytest.raises(BusigenError):
             Prepared.open(tmp_path)
+
+
+def test_a_run_that_was_killed_is_said_to_be_unfinished(tmp_path: Path) -> None:
+    (tmp_path / temporary_name("images.npy")).write_bytes(b"half")
+    for read in (Prepared.open, read_set):
+        with pytest.raises(InputError, match="prepare` was not finished") as refusal:
+            read(tmp_path)
+        assert refusal.value.fix == "Give the same command again."
 
 
 def test_a_folder_of_the_old_schema_is_refused_with_what_to_do(folder: Path) -> None:

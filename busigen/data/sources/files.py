@@ -130,6 +130,8 @@ class Tree:
         for place in self.below():
             endings.update("DICOM" if path in self.scans else ending_of(path.name) for path in place.images)
             endings.update(ending_of(name) or "no ending" for name in place.others)
+        if not os.listdir(self._inside):
+            return "nothing: it is empty"
         links = len(self._passed.get("link", ()))
         described = [f"{count:,} {ending}" for ending, count in endings.most_common(6)]
         return (

@@ -19,7 +19,7 @@ from busigen.data.images import MARK_SHARE, refuse_fault
 from busigen.data.inpainting import without_overlays
 from busigen.data.letterbox import Letterbox, letterbox, letterbox_coverage, letterbox_mask
 from busigen.data.overlays import find_overlays, suspect_mask
-from busigen.data.prepared import INFO, Prepared
+from busigen.data.prepared import INFO, Prepared, unfinished
 from busigen.data.sources.records import Refusal, counted
 from busigen.data.splits import NEAR_DUPLICATE, copies_of, near_duplicate_groups, thumbnail
 from busigen.errors import BusigenError, InputError
@@ -85,7 +85,7 @@ def read_set(
         IntegrityError: a prepared folder is not what its record says.
     """
     path = Path(path)
-    if (path / INFO).is_file():
+    if (path / INFO).is_file() or unfinished(path):
         found = from_prepared(Prepared.open(path), tuple(SPLITS), within=within, also=also)
         return found if limit is None else found.take(_draw(len(found), limit, seed))
     refused: list[Refusal] = []

@@ -38,7 +38,7 @@ _GRAMMAR = "Write conditions such as 'area_share>0.02 and class=malignant'; 'bac
 def parse_where(text: str, columns: Columns) -> pl.Expr:
     """The condition that a text states: comparisons of a column with a value, joined by ``and``; or a UsageError.
 
-    A row whose column holds nothing fulfils none, but for ``column=none``.
+    A row whose column holds nothing fulfils none, but for ``column=none``. The case of text is ignored.
     """
     found: list[pl.Expr] = []
     at = 0
@@ -65,16 +65,17 @@ def _comparison(match: re.Match[str], columns: Columns) -> pl.Expr:
     value = _value(word.strip("\"'"), kind if not quoted or kind == "str" else "")
     if value is None or not (equality or kind in ("int", "float")):
         kinds = {"str": "text, and is compared with = and !=", "bool": "true or false, and is compared with = and !="}
-        fix = f"{column} holds {kinds.get(kind, 'numbers')}."
+        fix = f"{column} holds {kinds.get(kind, f'numbers, and {word} is no number')}."
         raise UsageError(f"--where compares {column} with {sign}{word}.", fix=fix)
-    result: pl.Expr = _OPERATORS[sign](pl.col(column), pl.lit(value))
+    held = pl.col(column).str.to_lowercase() if kind == "str" else pl.col(column)
+    result: pl.Expr = _OPERATORS[sign](held, pl.lit(value))
     return result
 
 
 def _value(word: str, kind: str) -> str | float | bool | None:
     """The word as a value of a column's type; None where it is none."""
     if kind == "str":
-        return word
+        return word.lower()
     if kind == "bool":
         return {"true": True, "false": False}.get(word.lower())
     try:

@@ -43,13 +43,14 @@ _MEND = "Run `busigen verify --repair`, or the same `busigen generate` command a
 _DERIVED = ("samples", "classes", "rejected", "files", "shards")
 
 
-def contact_sheet(samples: Sequence[Sample], per_row: int = 4) -> Image.Image:
+def contact_sheet(samples: Sequence[Sample], per_row: int = 4, note: str = "") -> Image.Image:
     """An RGB image of some samples a row: each as it is, beside it with its mask's contour, its class below.
 
-    Below a grid's stand its background's number and its levels.
+    Below a grid's stand its background's number and its levels; a ``note`` stands below all.
     """
     per_row, height = min(per_row, len(samples)), RESOLUTION + _LABEL_HEIGHT
-    sheet = Image.new("RGB", (2 * RESOLUTION * per_row, height * -(-len(samples) // per_row)))
+    end = height * -(-len(samples) // per_row)
+    sheet = Image.new("RGB", (2 * RESOLUTION * per_row, end + (_LABEL_HEIGHT if note else 0)))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
     for position, sample in enumerate(samples):
         left, top = position % per_row * 2 * RESOLUTION, position // per_row * height
@@ -60,6 +61,7 @@ def contact_sheet(samples: Sequence[Sample], per_row: int = 4) -> Image.Image:
         if sample.row.get("grid_level") is not None:
             said = f"background {sample.row['grid_group']}: {sample.row['grid_level']}"
         draw.text((left + 4, top + RESOLUTION + 2), said, fill=colour, font=font)
+    draw.text((4, end + 2), note, fill=(255, 255, 255), font=font)
     return sheet
 
 
@@ -116,17 +118,19 @@ def finish(
 
     with open_file(folder / MANIFEST_FILE) as table:
         picked = pick_evenly(pl.read_parquet(table, columns=["index", "class"]), classes=SAMPLE_CLASSES)
-    per_row = 4
+    per_row, note = 4, ""
     if cells := info["fingerprint"].get("cells"):
         # The first backgrounds; the attribute that was named last goes across.
         picked = list(dataset.plan.span)[: max(cells, _TILES // cells * cells)]
         per_row = info["fingerprint"]["vary"].rpartition(",")[2].count("/") + 1
+        shown, all_of_them = (len(one) // cells for one in (picked, dataset.plan.span))
+        note = f"{shown} of {all_of_them} backgrounds" if shown < all_of_them else ""
     samples = []
     for record in records:
         if inside := [index for index in picked if record.first <= index < record.first + record.count]:
             with provider.files([record.tar]):
                 samples += dataset.samples(inside)
-    sheet = contact_sheet(samples, per_row)
+    sheet = contact_sheet(samples, per_row, note)
     with atomic_file(folder / PREVIEW_FILE) as file:
         # Pillow's default of 6 takes three times as long and makes a larger file.
         sheet.save(file, "PNG", compress_level=3)

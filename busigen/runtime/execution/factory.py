@@ -8,14 +8,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from busigen.errors import UsageError
 from busigen.registry import SHARD_SIZE
 from busigen.runtime.dataset.finalize import dataset_info
-from busigen.runtime.dataset.format import RUN_FILE, Plan, SampleBatch, Source, batches_of
+from busigen.runtime.dataset.format import MANIFEST_FILE, RUN_FILE, Plan, SampleBatch, Source, batches_of
 from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
 from busigen.runtime.execution.estimate import ShardJob, require_room
 from busigen.runtime.execution.signals import Stopping
@@ -93,6 +95,9 @@ def planned(
     return plan, part_of(plan, indices, task)
 
 
+_DEALT = {"asked_birads": ("BI-RADS asked for", "of"), "lesions": ("lesions an image", "with")}
+
+
 @dataclass(frozen=True)
 class GenerateReport:
     """What a call to ``generate`` did. Of a task that did not complete the dataset, it reports on the task's part."""
@@ -107,6 +112,7 @@ class GenerateReport:
     seconds: float  # wall-clock time of this call
     already_complete: bool  # the dataset was finished before, and nothing was done
     missing: int = 0  # shards of other tasks that the dataset still lacks; the last of these tasks completes it
+    dealt: dict[str, dict[str, int]] = field(default_factory=dict)  # samples by value, of a `_DEALT` column with any
 
     def lines(self, given: Sequence[str] = ()) -> Iterator[str]:
         """The lines of ``busigen generate``; ``given`` is what `busigen verify` is to be given beside the folder."""
@@ -122,6 +128,9 @@ class GenerateReport:
             f"{samples} in {self.folder}: {counted(self.shards, 'shard')}, {self.size / 1e6:.1f} MB; "
             f"{counted(self.written, 'shard')} written in {self.seconds:.1f} s"
         )
+        for name, numbers in self.dealt.items():
+            title, between = _DEALT[name]
+            yield f"  {title}: {', '.join(f'{number} {between} {value}' for value, number in numbers.items())}"
         if self.missing:
             yield (
                 f"  this task's part is complete; still to come from others: {counted(self.missing, 'shard')}; "
@@ -188,6 +197,7 @@ def generate(
         seconds=time.monotonic() - started,
         already_complete=finished,
         missing=missing,
+        dealt={} if missing else _dealt(output.folder / MANIFEST_FILE),
     )
     progress.event(
         "finished",
@@ -202,6 +212,15 @@ def generate(
         shards_missing=report.missing,
     )
     return report
+
+
+def _dealt(manifest: Path) -> dict[str, dict[str, int]]:
+    """How many samples got each value of what was asked for in shares; nothing where the manifest is not here."""
+    if not manifest.is_file():
+        return {}
+    table = pl.read_parquet(manifest, columns=[name for name in _DEALT if name in pl.read_parquet_schema(manifest)])
+    counts = {one.name: one.drop_nulls().cast(pl.String).value_counts().sort(one.name).rows() for one in table}
+    return {name: dict(rows) for name, rows in counts.items() if rows}
 
 
 def _complete(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,10 @@ class GenerateOptions(SourceOptions):
         task = chosen.task(self.array_task)
         plan, part = planned(self.count, self.index_range, task, seed=self.seed, shard_size=self.shard_size)
         classes, asked = self.conditions()
+        kinds = (tuple(classes), tuple(asked.birads))
         if grid := self.grid():
             grid.refuse_cut(plan)
+            kinds = (grid.levels("class") or kinds[0], grid.levels("birads") or kinds[1])
         if isinstance(self.out, Path):
             if self.spool is not None:
                 problem = f"--spool {self.spool} is for URLs, and --out {self.out} is a folder."
@@ -237,7 +240,7 @@ class GenerateOptions(SourceOptions):
             from busigen.runtime.output.remote import tasks_refused
 
             raise tasks_refused(self.out)
-        for line in hardly_known(classes, asked) if self.bundle is None else ():
+        for line in hardly_known(*kinds) if self.bundle is None else ():
             progress.note(line)
         output = self._output(progress)
         refuse_small_disk(output, plan)
@@ -259,7 +262,11 @@ class GenerateOptions(SourceOptions):
 
         processes = (self.workers or 1) if self.ray_address is None else 1
         sampler = self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
-        if plan and sampler.plan.healthy and (wanted := int(self.normals * plan.count)) > len(sampler.plan.healthy):
+        count = planned(self.count, self.index_range, None, seed=self.seed, shard_size=self.shard_size)[0].count
+        lesions = int(count * (1 - Fraction(str(self.normals))))
+        if sampler.plan.masks:
+            sampler.plan.masks.log_use(sampler.plan.healthy, lesions)
+        if plan and sampler.plan.healthy and (wanted := count - lesions) > len(sampler.plan.healthy):
             problem = f"--normals {self.normals:g} asks for {wanted} images without a lesion"
             progress.note(f"{problem}, and --healthy has {len(sampler.plan.healthy)}: they are there several times")
         return sampler

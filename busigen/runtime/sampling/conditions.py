@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from busigen.data.geometry import Mask, attributes
 from busigen.errors import UsageError
-from busigen.registry import ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, MAX_LESIONS, TALLER_THAN_WIDE
+from busigen.registry import ATTRIBUTES, BIRADS, BIRADS_IMAGES, LESION_CLASSES, MAX_LESIONS, NORMAL, TALLER_THAN_WIDE
 from busigen.runtime.sampling.noise import uniforms
 
 BOUNDS = {"across": (0.1, 0.9), "depth": (0.08, 0.75), "size": (0.003, 0.4), "height_width": (0.25, 1.7)}
@@ -115,12 +115,12 @@ def parse_conditions(
     return SampleConditions(ranges, {} if birads is None else _categories(birads))
 
 
-def hardly_known(classes: Iterable[str], asked: SampleConditions) -> Iterator[str]:
+def hardly_known(classes: Iterable[str], categories: Iterable[str]) -> Iterator[str]:
     """A warning for each class and requested BI-RADS category of which the shipped bundle has seen few images."""
-    for label, category in product(classes, asked.birads):
+    for label, category in product(classes, categories):
         if (seen := BIRADS_IMAGES[label][category]) < _FEW_IMAGES:
             yield (
-                f"--birads {category} with {label}: the shipped bundle learned it from {seen} images, so it "
+                f"BI-RADS {category} with {label}: the shipped bundle learned it from {seen} images, so it "
                 f"hardly knows what such lesions look like"
             )
 
@@ -177,7 +177,9 @@ _COUNTS = f"Choose one of: {', '.join(_NUMBERS)}; or several with their shares, 
 
 def _categories(text: str) -> dict[str, float]:
     """Weights of BI-RADS categories by name; a UsageError for others."""
-    weights = _mix("--birads", text, BIRADS, "no category that can be asked for", _MIX)
+    weights = _mix(
+        "--birads", text, BIRADS, "no category that can be asked for: they are whole, without a, b or c", _MIX
+    )
     return _summed("--birads", text, weights, "2:1,4:3")
 
 
@@ -195,6 +197,8 @@ def _mix(option: str, text: str, names: Collection[str], unknown: str, fix: str)
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (piece.strip() for piece in part.partition(":"))
+        if "=" in part:
+            raise UsageError(f"{option} is {text!r}, with = where a colon stands before a share.", fix=fix)
         if name not in names:
             raise UsageError(f"{option} is {text!r}, and {name!r} is {unknown}.", fix=fix)
         if name in weights:
@@ -214,7 +218,10 @@ def parse_classes(text: str) -> dict[str, float]:
         given, _, value = part.partition("=")
         name = given.strip().lower()
         if name not in LESION_CLASSES:
-            raise UsageError(f"--classes names {given!r}, which is no lesion class.", fix=_EXAMPLE)
+            fix = (
+                "Ask for images without a lesion with --normals, such as --normals 0.2." if name == NORMAL else _EXAMPLE
+            )
+            raise UsageError(f"--classes names {given!r}, which is no lesion class.", fix=fix)
         if name in weights:
             raise UsageError(f"--classes names {name!r} twice.", fix=_EXAMPLE)
         weights[name] = _weight("--classes", name, value, _EXAMPLE)

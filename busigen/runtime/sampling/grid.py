@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
+from math import isnan, nan, prod
 
 from busigen.errors import UsageError
 from busigen.registry import ATTRIBUTES, BIRADS, LESION_CLASSES
@@ -29,6 +29,7 @@ MAX_CELLS = 64  # combinations a background, all of which are drawn again where 
 COLUMNS: dict[str, type] = {"grid_group": int, "grid_level": str}
 """Manifest columns of a grid: the background's number, from 0, and what the sample's own levels are."""
 
+_BETWEEN = "levels have / between them, and a comma begins another attribute"
 _NAMES = {"class": "", "birads": "BI-RADS "}
 
 
@@ -47,12 +48,12 @@ class Grid:
             given, _, listed = (piece.strip() for piece in part.partition("="))
             name = given.replace("-", "_").lower()
             if name not in LEVELS:
-                raise UsageError(f"--vary names {given!r}.", fix=f"Choose among: {', '.join(LEVELS)}.")
+                raise UsageError(f"--vary names {given!r}.", fix=f"Choose among: {', '.join(LEVELS)}; {_BETWEEN}.")
             if name in levels:
                 raise UsageError(f"--vary names {given!r} twice.", fix="Name it once, with all of its levels.")
             found = tuple(level.strip() for level in listed.split("/")) if listed else LEVELS[name]
             if len(set(found)) < len(found) or len(found) < 2:
-                fix = f"Give two or more, such as {name}={'/'.join(LEVELS[name] or ('NAME', 'any'))}."
+                fix = f"Give two or more ({_BETWEEN}), such as {name}={'/'.join(LEVELS[name] or ('NAME', 'any'))}."
                 wrong = "has a level twice, or a single one" if found else "names no level"
                 raise UsageError(f"--vary {part.strip()} {wrong}.", fix=fix)
             for level in found:
@@ -75,6 +76,10 @@ class Grid:
         if typed.get("taller_than_wide"):
             open_.pop("height_width", None)
         return parse_conditions(**{**typed, **open_})  # type: ignore[arg-type]
+
+    def levels(self, name: str) -> tuple[str, ...]:
+        """The levels of an attribute in order; none where it is not varied."""
+        return tuple(dict.fromkeys(cell[name] for cell in self.cells if name in cell))
 
     def cell(self, index: int) -> Mapping[str, str]:
         """The levels of a sample: all of a background follow one another."""
@@ -117,14 +122,16 @@ def levels_of(said: str) -> dict[str, str]:
 def _refuse_level(name: str, level: str) -> None:
     if name == "scanner":
         return  # Which there are, the bundle says.
+    wrong, fix = "" if level in LEVELS[name] else "is none of its levels", f"Choose among: {', '.join(LEVELS[name])}."
     if name in BOUNDS:
         least, greatest = BOUNDS[name]
         fix = f"Give single numbers from {least:g} to {greatest:g}, with / between them."
         try:
-            fit = least <= float(level) <= greatest
+            value = float(level)
         except ValueError:
-            fit = False
-    else:
-        fit, fix = level in LEVELS[name], f"Choose among: {', '.join(LEVELS[name])}."
-    if not fit:
-        raise UsageError(f"--vary {name}={level!r}.", fix=fix)
+            value = nan
+        wrong = "is too small" if value < least else "is too large" if value > greatest else ""
+        if isnan(value):
+            wrong = "is no number"
+    if wrong:
+        raise UsageError(f"--vary {name}={level} {wrong}.", fix=fix)

@@ -79,7 +79,7 @@ class SamplePlan:
 
     def refuse_scanner(self, known: Mapping[str, float]) -> None:
         """A UsageError for a scanner that is not among the ``known``, or a mixture of them in a user's images."""
-        painted = {cell["scanner"] for cell in self.grid.cells if "scanner" in cell} if self.grid else set()
+        painted = self.grid.levels("scanner") if self.grid else ()
         asked = [("--scanner is", self.scanner, (*known, ANY, MIX))] if self.scanner else []
         asked += [("--vary scanner names", name, (*known, ANY)) for name in sorted(painted)]
         for option, name, names in asked:

@@ -26,6 +26,7 @@ from busigen.runtime.maintenance.replay import Inputs
 from busigen.runtime.viewing.beside import Beside, Origin
 
 FEW = 20  # Values of a column that the page offers to choose from
+TOLD = ("class", "lesions", "asked_birads", "grid_level")  # Columns that tiles show, where a dataset has them
 _ORDERS = 8  # Filters and sortings whose result is kept: going from page to page asks for the same again
 _MEMBERS = 64  # Pairs whose files are kept: image and outline are asked for one after the other
 _RECORDS = 16  # Shards whose refused draws are kept; a record may have megabytes
@@ -146,17 +147,12 @@ class Pairs:
         return row
 
     def tiles(self, rows: Rows, sort: str = "") -> list[dict[str, Any]]:
-        """Of some pairs what their tiles say: name, class, lesions and, where they are sorted, the value that decides.
-
-        ``lesions`` is None where a dataset has one in each of its pairs.
-        """
-        table, nothing = self._table, [None] * len(rows)
-        classes = table["class"].gather(rows)
-        lesions = table["lesions"].gather(rows) if "lesions" in table.columns else nothing
-        values = table[sort].gather(rows) if sort else nothing
+        """Of some pairs what their tiles say: name, `TOLD` and, where they are sorted, the value that decides."""
+        told = self._table.select(name for name in TOLD if name in self._table.columns)[rows]
+        values = self._table[sort].gather(rows) if sort else [None] * len(rows)
         return [
-            {"name": self.name_of(row), "class": label, "lesions": plain(count), "value": plain(value)}
-            for row, label, count, value in zip(rows.tolist(), classes, lesions, values, strict=True)
+            {"name": self.name_of(row), **{name: plain(cell) for name, cell in cells.items()}, "value": plain(value)}
+            for row, cells, value in zip(rows.tolist(), told.iter_rows(named=True), values, strict=True)
         ]
 
     def row(self, row: int) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from busigen.data.prepared import Prepared
 from busigen.runtime.convert.run import convert
 from busigen.runtime.dataset.format import Sample
 from busigen.runtime.dataset.reader import Dataset
-from tests.harness.several_lesions import written
+from busigen.runtime.sampling.conditions import parse_conditions
+from tests.harness.several_lesions import SMALL, written
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(tmp_path_factory.mktemp("several") / "set")
+    asked = parse_conditions(**SMALL, birads="4")
+    return written(tmp_path_factory.mktemp("several") / "set", asked=asked)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,11 @@ def test_coco_has_an_annotation_for_each_lesion(dataset: Path, samples: dict[str
             for annotation, mask in zip(found, masks, strict=True):
                 assert np.array_equal(read.annToMask(annotation) > 0, mask)
                 assert annotation["area"] == mask.sum()
+            row = samples[Path(image["file_name"]).stem].row
+            for number, annotation in enumerate(found, start=1):
+                told = {key: row[f"lesion_{number}_{key}"] for key in ("area_share", "across", "depth", "height_width")}
+                assert annotation["attributes"] == {"asked_birads": "4", **told}
+            assert image["attributes"]["lesions"] == len(masks) and image["attributes"]["background"] == "synthetic"
 
 
 def test_yolo_has_a_line_for_each_lesion(dataset: Path, samples: dict[str, Sample], tmp_path: Path) -> None:

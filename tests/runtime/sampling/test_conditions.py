@@ -143,11 +143,8 @@ def test_asking_is_true_where_anything_is_asked() -> None:
 
 def test_what_the_shipped_bundle_hardly_knows_is_said() -> None:
     """BUS-BRA has 4 malignant lesions of category 2, and 248 of category 4."""
-    (line,) = hardly_known(["benign", "malignant"], parse_conditions(birads="2"))
-    assert line.startswith("--birads 2 with malignant: the shipped bundle learned it from 4 images")
-    mixed = list(hardly_known(["benign", "malignant"], parse_conditions(birads="2:1,4:1,5:1")))
-    assert [line.partition(":")[0] for line in mixed] == ["--birads 5 with benign", "--birads 2 with malignant"]
-    assert not [
-        *hardly_known(["benign", "malignant"], parse_conditions(birads="4")),
-        *hardly_known(["benign"], parse_conditions()),
-    ]
+    (line,) = hardly_known(["benign", "malignant"], ["2"])
+    assert line.startswith("BI-RADS 2 with malignant: the shipped bundle learned it from 4 images")
+    mixed = list(hardly_known(["benign", "malignant"], ["2", "4", "5"]))
+    assert [line.partition(":")[0] for line in mixed] == ["BI-RADS 5 with benign", "BI-RADS 2 with malignant"]
+    assert not [*hardly_known(["benign", "malignant"], ["4"]), *hardly_known(["benign"], [])]

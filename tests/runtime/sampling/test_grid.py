@@ -165,11 +165,16 @@ def test_record_command_and_sheet_say_what_was_varied(tmp_path: Path) -> None:
         ("class,class", "twice"),
         ("size=0.02", "a single one"),
         ("size=0.02/0.02", "a level twice"),
-        ("class,scanner", "--vary scanner names no level. Give two or more, such as scanner=NAME/any"),
-        ("size=0.02/7", "--vary size='7'. Give single numbers from 0.003 to 0.4"),
+        ("class,scanner", "--vary scanner names no level"),
+        ("size=0.02/7", "--vary size=7 is too large. Give single numbers from 0.003 to 0.4"),
+        ("size=0.0/0.1", "--vary size=0.0 is too small."),
+        ("size=0.02/big", "--vary size=big is no number."),
+        ("birads=2/6", "--vary birads=6 is none of its levels."),
+        ("size=0.01,0.03", "a comma begins another attribute"),
+        ("size=0.01/0.02,0.03", "a comma begins another attribute"),
         ("size=0.02/0.01:0.03", "single numbers"),
-        ("birads=2/9", "--vary birads='9'"),
-        ("class=benign/normal", "class='normal'"),
+        ("birads=2/9", "--vary birads=9 is none of its levels"),
+        ("class=benign/normal", "--vary class=normal is none of its levels"),
         ("class,birads,size,depth", "makes 72 combinations"),
         ("", "--vary names ''"),
     ],
@@ -207,3 +212,17 @@ def test_what_a_row_says_of_its_levels_is_read_back(vary: str) -> None:
 @pytest.mark.parametrize("said", ["", "x", "size", "colour 3", ", ,"])
 def test_levels_of_other_making_are_left_out(said: str) -> None:
     assert levels_of(said) == {}
+
+
+def test_the_contact_sheet_says_how_many_backgrounds_it_has(tmp_path: Path) -> None:
+    """Three attributes make 12 samples a background, of which 32 are shown: two backgrounds and a line below."""
+    three = "class,birads=3/5,size=0.02/0.03/0.04"
+    heights = {}
+    for backgrounds in (2, 3):
+        out = tmp_path / str(backgrounds)
+        generate(sampler(three), out, count=12 * backgrounds, seed=SEED, shard_size=12)
+        with Image.open(out / "preview.png") as sheet:
+            heights[backgrounds] = sheet.height
+            lowest = np.asarray(sheet)[-20:]
+    assert heights[3] == heights[2] + 22
+    assert lowest.any(), "the line is written"

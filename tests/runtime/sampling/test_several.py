@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from busigen.api.functions import generate, source_options
@@ -18,6 +19,7 @@ from busigen.errors import AcceptanceError, UsageError
 from busigen.mtf import RADIUS
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.dataset.format import Sample
+from busigen.runtime.execution.factory import generate as generate_set
 from busigen.runtime.execution.run import SourceOptions
 from busigen.runtime.sampling.batching import DrawRequest
 from busigen.runtime.sampling.conditions import SampleConditions, parse_conditions, parse_lesions
@@ -241,3 +243,16 @@ def test_a_first_outline_that_is_refused_costs_no_background_where_the_bundle_sa
     for one, other in zip(before, after, strict=True):
         if not one.attempt:
             assert np.array_equal(one.image, other.image) and one.row == other.row
+
+
+def test_the_summary_counts_categories_and_numbers_that_were_asked_for(tmp_path: Path) -> None:
+    asked = parse_conditions(**SMALL, birads="2:0.5,4:0.5")
+    report = generate_set(several(mix="1:0.5,2:0.5", asked=asked, normals=0.2), tmp_path / "set", count=10, seed=1)
+    table = pl.read_parquet(tmp_path / "set/manifest.parquet")
+    said = "\n".join(report.lines())
+    for category in ("2", "4"):
+        assert f"{table['asked_birads'].to_list().count(category)} of {category}" in said
+    told = ", ".join(f"{table['lesions'].to_list().count(number)} with {number}" for number in range(3))
+    assert f"lesions an image: {told}" in said
+    plain = generate_set(several(mix="1"), tmp_path / "plain", count=2, seed=1)
+    assert "asked for" not in "\n".join(plain.lines()) and "lesions an image" not in "\n".join(plain.lines())

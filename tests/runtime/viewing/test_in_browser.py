@@ -13,9 +13,11 @@ from urllib.parse import urlencode
 import polars as pl
 import pytest
 
+from busigen.runtime.sampling.conditions import parse_conditions
+from busigen.runtime.sampling.grid import Grid
 from tests.harness.browser import DESKTOP, PHONE, accessibility_faults, browser, needs_browser
 from tests.harness.command import run
-from tests.harness.several_lesions import written
+from tests.harness.several_lesions import SMALL, written
 from tests.runtime.viewing.conftest import HOSTILE, serving
 
 if TYPE_CHECKING:
@@ -138,6 +140,10 @@ def test_filters_are_added_removed_and_kept_in_the_address(opened: Callable[[str
     expect(page.locator("#status")).to_contain_text(f"{malignant.height} pairs of 140, 1 to ")
     form.get_by_label("Column").select_option("score")
     form.get_by_label("Comparison").select_option(label="≥")
+    form.get_by_label("Value").fill("two")
+    form.get_by_role("button", name="Add filter").click()
+    expect(page.locator("#error")).to_have_text("two is no number, as score holds.")
+    expect(page.locator("#filters li")).to_have_count(1)
     form.get_by_label("Value").fill("0.5")
     form.get_by_role("button", name="Add filter").click()
     both = malignant.filter(pl.col("score") >= 0.5)
@@ -173,7 +179,7 @@ QUERIES = [
     {"where": "rarely!=none"},
     {"where": "rarely=none", "sort": "whole", "down": 1},
     {"where": ["part='parts/001'", "flipped=TRUE"]},
-    {"where": 'class!="benign"'},
+    {"where": 'class!="Benign"'},
     {"sort": "score"},
     {"sort": "class", "down": 1},
     {"sort": "rarely", "down": 1},
@@ -297,6 +303,21 @@ def test_lesions_of_a_pair_with_several_are_told_one_by_one_and_an_empty_mask_is
         " return document.elementFromPoint(left + 1, top + 1) === one; }"
     )
     page.close()
+
+
+def test_tiles_tell_the_category_and_the_level(context: BrowserContext, tmp_path: Path) -> None:
+    asked = parse_conditions(**SMALL, birads="2")
+    out = written(tmp_path / "asked", mix=None, asked=asked, normals=0.0, count=2)
+    grid = Grid.parse("size=0.02/0.03")
+    varied = written(tmp_path / "varied", mix=None, normals=0.0, count=2, grid=grid, asked=grid.held({}))
+    with serving(varied) as (url, _):
+        assert run("view", out, "--html", tmp_path / "page.html").returncode == 0
+        page = context.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        expect(page.locator("#grid .caption").first).to_contain_text("BI-RADS 2")
+        page.goto(url)
+        expect(page.locator("#grid .caption").last).to_contain_text("size 0.03")
+        page.close()
 
 
 def test_an_address_leads_to_a_pair_and_its_page(opened: Callable[[str], Shown]) -> None:

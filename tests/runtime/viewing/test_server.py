@@ -89,6 +89,7 @@ def test_the_outline_encloses_the_masks_pixels(plain: Path, plain_url: str) -> N
         {"where": "class=malignant"},
         {"where": ["class=benign", "score>=0.25", "score<0.75"]},
         {"where": "rarely!=none"},
+        {"where": "class=Malignant"},
         {"where": "part='parts/001' and flipped=true"},
         {"where": "lesion_pixels>1000000"},
         {"sort": "score"},
@@ -104,7 +105,7 @@ def test_filters_and_order_are_those_of_the_manifest(merged: Path, merged_url: s
     table = pl.read_parquet(merged / "manifest.parquet")
     for condition in [query["where"]] if isinstance(query.get("where"), str) else query.get("where", []):
         # polars' SQL writes them alike, but for what has no value.
-        sql = condition.replace("rarely!=none", "rarely IS NOT NULL").replace("=benign", "='benign'")
+        sql = condition.replace("rarely!=none", "rarely IS NOT NULL").replace("=benign", "='benign'").lower()
         table = table.filter(pl.sql_expr(sql.replace("=malignant", "='malignant'")))
     if "sort" in query:
         table = table.sort(query["sort"], descending="down" in query, nulls_last=True, maintain_order=True)
@@ -254,6 +255,7 @@ def test_parts_of_a_merged_dataset_have_to_be_named(merged_url: str) -> None:
         ("where=bogus%3D1", "The filter names 'bogus', which is no column"),
         ("where=score", "unclear"),
         ("where=class%3C3", "compares class"),
+        ("where=score%3E%3Dtwo", "score holds numbers, and two is no number"),
         ("sort=bogus", "no column 'bogus' to sort by"),
         ("first=-1", "first is '-1'"),
         ("count=9999999999", "count is"),

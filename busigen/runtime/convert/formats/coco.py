@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -14,6 +14,9 @@ from busigen.runtime.convert.base import Entries, Format, Pair, write_stream
 from busigen.runtime.convert.outlines import polygons
 from busigen.runtime.dataset.shards import lesion_box
 
+# What of a manifest's row, where it has it, readers that know `attributes` (Datumaro, CVAT) show as texts and numbers.
+_OF_IMAGE = ("class", "lesions", "asked_birads", "grid_group", "grid_level", "scanner", "background", "healthy_file")
+_OF_LESION = ("area_share", "across", "depth", "height_width")
 _FILES = {"rle": "instances", "polygons": "polygons"}  # Beginnings of the files' names.
 
 
@@ -24,8 +27,17 @@ class Converter(Format):
         """Write the image as it is."""
         place = f"images/{pair.split}" if pair.split else "images"
         self.target.write(f"{place}/{pair.name}.png", pair.image_png)
-        lesions = [{"category": pair.class_index + 1, **_lesion(mask)} for mask in pair.masks]
-        return {"split": pair.split, "id": pair.number + 1, "file": f"{pair.name}.png", "lesions": lesions}
+        lesions = [
+            {
+                "category": pair.class_index + 1,
+                "attributes": _held(pair.row, ("asked_birads", "grid_level"))
+                | _held(pair.row, _OF_LESION, f"lesion_{number}_" if "lesions" in pair.row else ""),
+                **_lesion(mask),
+            }
+            for number, mask in enumerate(pair.masks, start=1)
+        ]
+        file, attributes = f"{pair.name}.png", _held(pair.row, _OF_IMAGE)
+        return {"split": pair.split, "id": pair.number + 1, "file": file, "attributes": attributes, "lesions": lesions}
 
     def finish(self, entries: Entries) -> None:
         """Write a file of RLE and one of polygons for each split."""
@@ -37,6 +49,12 @@ class Converter(Format):
     def lines(self, left_out: int) -> Iterator[str]:
         """Where the two files are."""
         yield "annotations/instances*.json hold masks as RLE, annotations/polygons*.json the same as polygons"
+
+
+def _held(row: Mapping[str, Any], names: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Those of the columns that hold something, by their names without the prefix."""
+    found = {name: row.get(f"{prefix}{name}") for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _lesion(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -57,7 +75,13 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
 
 def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
     images = (
-        {"id": entry["id"], "file_name": entry["file"], "width": RESOLUTION, "height": RESOLUTION}
+        {
+            "id": entry["id"],
+            "file_name": entry["file"],
+            "width": RESOLUTION,
+            "height": RESOLUTION,
+            "attributes": entry["attributes"],
+        }
         for entry in entries
         if entry["split"] == split
     )
@@ -71,6 +95,7 @@ def _instances(entries: Entries, split: str, kind: str) -> dict[str, Any]:
             "bbox": lesion["box"],
             "iscrowd": 0,
             "segmentation": lesion[kind],
+            "attributes": lesion["attributes"],
         }
         for entry in entries
         if entry["split"] == split

@@ -38,7 +38,8 @@ log = logging.getLogger("busigen.runtime")
 MAX_JITTER = 0.5  # of ``--jitter``: beyond it, nothing of where an outline lay would be left
 CACHED_MASKS = 512  # masks that are kept in memory as bits, 67 MB for images of a megapixel; of more, those used last
 
-_UNREADABLE, _EMPTY, _REPEATED, _SMALL = "unreadable", "with nothing marked", "the same mask again", "too small"
+_UNREADABLE, _EMPTY = "no mask or unreadable", "with nothing marked"
+_REPEATED, _SMALL = "the same mask again", "too small"
 _OTHER_CLASS, _NORMAL = "of a class that --classes leaves out", "of images called normal"
 _NAMED = (_UNREADABLE, _SMALL, _NORMAL)  # reasons whose files are named one by one
 
@@ -150,6 +151,15 @@ class MaskFolder:
         """Hash of the only healthy image that has the name of a mask's image; None where there is none."""
         return None if healthy is None else healthy.by_name.get(name_key(stem_of(item.record.image)))
 
+    def log_use(self, healthy: HealthyFolder | None, samples: int) -> None:
+        """Say how many masks go with a healthy image by name, and how many so many samples leave over, if any."""
+        if healthy is not None:
+            paired = sum(self.partner(item, healthy) is not None for item in self.items)
+            drawn = len(self) - paired
+            log.info("masks: %d on the healthy image of their name, %d on images drawn at random", paired, drawn)
+        if samples < len(self):
+            log.warning("masks: %d of %d are not used; a larger --count uses more", len(self) - samples, len(self))
+
     def refuse_changes(self) -> None:
         """Raise an IntegrityError if a mask was changed, removed or added since the run began."""
         if (stamps := self._stamped()) == self._stamps:
@@ -196,7 +206,8 @@ class MaskFolder:
         if not native.any():
             return _EMPTY, ""
         if item.record.image_class == "normal":
-            return _NORMAL, f"{item.file} marks a lesion, and its image is called normal."
+            problem = f"{item.file} marks a lesion, and its image is called normal."
+            return _NORMAL, f"{problem} Name both otherwise, or move them elsewhere."
         if item.label is not None and item.label not in self._classes:
             return _OTHER_CLASS, ""
         frame = Placement.letterboxed(native.shape).apply(native)

@@ -6,6 +6,7 @@
   const SIGNS = {
     "=": "=", "!=": "≠", "<": "<", "<=": "≤", ">": ">", ">=": "≥", "=none": "empty", "!=none": "filled",
   };
+  const TOLD = ["class", "lesions", "asked_birads", "grid_level"]; // Columns that tiles show
   const CONDITION = /^\s*(\w+)\s*(==|!=|<=|>=|=|<|>)\s*("[^"]*"|'[^']*'|[^\s"'<>=!]+)\s*$/;
 
   /** A new element with a class and text, and others in it. */
@@ -61,7 +62,7 @@
       const word = found[3].replace(/^(["'])(.*)\1$/s, "$2");
       const isNumber = column.type === "int" || column.type === "float";
       const truth = { true: true, false: false }[word.toLowerCase()];
-      const value = isNumber ? Number(word) : column.type === "bool" ? truth : word;
+      const value = isNumber ? Number(word) : column.type === "bool" ? truth : word.toLowerCase();
       if (value === undefined || Number.isNaN(value) || !(equality || isNumber)) {
         throw new Error(`The filter ${text} does not fit what ${column.name} holds.`);
       }
@@ -69,7 +70,8 @@
         "=": (a) => a === value, "!=": (a) => a !== value, "<": (a) => a < value,
         "<=": (a) => a <= value, ">": (a) => a > value, ">=": (a) => a >= value,
       }[sign];
-      return (pair) => pair.row[column.number] !== null && compare(pair.row[column.number]);
+      const held = (pair) => (column.type === "str" ? pair.row[column.number].toLowerCase() : pair.row[column.number]);
+      return (pair) => pair.row[column.number] !== null && compare(held(pair));
     }
 
     function ordered(state) {
@@ -92,7 +94,9 @@
         const found = ordered(state);
         const first = (state.page - 1) * state.per;
         const tile = (pair) => ({
-          name: pair.name, class: cell(pair, "class"), lesions: cell(pair, "lesions"), value: cell(pair, state.sort),
+          name: pair.name,
+          ...Object.fromEntries(TOLD.map((name) => [name, cell(pair, name)])),
+          value: cell(pair, state.sort),
         });
         return { total: found.length, pairs: found.slice(first, first + state.per).map(tile) };
       },
@@ -242,6 +246,9 @@
   function tile(pair) {
     const caption = made("span", "caption", "", made("span", "key", pair.name), " ", labelled(pair.class));
     if (pair.lesions > 1) caption.append(made("span", "value", `${pair.lesions} lesions`));
+    const level = String(pair.grid_level ?? "");
+    const birads = pair.asked_birads && !level.includes("BI-RADS") ? `BI-RADS ${pair.asked_birads}` : "";
+    for (const text of [level, birads]) if (text) caption.append(made("span", "value", text));
     if (state.sort && state.sort !== "class") {
       caption.append(made("span", "value", `${state.sort} ${short(pair.value)}`));
     }
@@ -445,6 +452,12 @@
     const [column, sign, value] = [$("column").value, $("sign").value, $("value").value.trim()];
     const kind = about.columns.find((one) => one.name === column)?.type;
     if (!sign.endsWith("none") && !value) return $("value").focus();
+    const fits = kind === "bool" ? /^(true|false)$/i.test(value) : kind === "str" || Number.isFinite(Number(value));
+    if (!sign.endsWith("none") && !fits) {
+      $("error").textContent = `${value} is ${kind === "bool" ? "neither true nor false" : "no number"}, as ${column} holds.`;
+      $("error").hidden = false;
+      return $("value").select();
+    }
     const quote = value.includes('"') ? "'" : '"';
     const word = kind === "str" && !/^[\w.-]+$/.test(value) || value === "none" ? `${quote}${value}${quote}` : value;
     const text = sign.endsWith("none") ? `${column}${sign}` : `${column}${sign}${word}`;

@@ -212,14 +212,14 @@ def test_what_is_no_mask_is_named_and_the_rest_is_counted(folder: Path, caplog: 
         "the same mask again": 1,
         "with nothing marked": 1,
         "too small": 1,
-        "unreadable": 2,
+        "no mask or unreadable": 2,
         "of images called normal": 1,
     }
     for name, words in (
         ("speck.png", "0.12% of its image"),
         ("inverted.png", "at most 90% is plausible"),
         ("picture.png", "is a picture"),
-        ("normal/n.png", "called normal"),
+        ("normal/n.png", "called normal. Name both otherwise"),
     ):
         assert any(name in line and words in line for line in caplog.messages), name
     assert "masks: 4 used (2 benign, 1 malignant, 1 of no class), 6 left out" in caplog.text
@@ -230,7 +230,7 @@ def test_a_folder_without_masks_is_refused(tmp_path: Path) -> None:
         MaskFolder(tmp_path / "missing")
     save_image(tmp_path / "images/scan.png", (300, 300))
     with pytest.raises(
-        InputError, match=r"no mask that can be used, 1 left out \(1 unreadable\).*scan.png is a picture"
+        InputError, match=r"no mask that can be used, 1 left out \(1 no mask or unreadable\).*scan.png is a picture"
     ):
         MaskFolder(tmp_path / "images")
     save(tmp_path / "masks/benign/a.png", blob((310, 190)))
