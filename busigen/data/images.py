@@ -86,11 +86,7 @@ class Decoded:
             yield slice(top, bottom), self.image.crop((0, top, width, bottom))
 
     def levels(self) -> Levels:
-        """The levels of one channel, ``(H, W)``, uint8, or uint16 as stored; 0 is black.
-
-        Raises:
-            InputError: They are negative or beyond 16 bits, and so of an unknown range.
-        """
+        """The levels of one channel, ``(H, W)``, uint8, or uint16 as stored, 0 black; an InputError beyond 16 bits."""
         width, height = self.image.size
         levels = np.empty((height, width), np.uint16 if self.deep else np.uint8)
         for rows, band in self.bands():

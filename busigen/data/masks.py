@@ -130,18 +130,13 @@ def read_lesions(record: Record, file: ImageFile, values: Collection[int], notes
     return lesions
 
 
-def read_marked(
-    files: Sequence[tuple[Path, bytes]], image: ImageFile | None = None, notes: list[str] | None = None
-) -> NDArray[np.bool_]:
+def read_marked(files: Sequence[tuple[Path, bytes]], image: ImageFile | None) -> NDArray[np.bool_]:
     """All that an image's mask files mark, as it is drawn: one native ``bool (H, W)``, possibly empty.
 
     ``files`` are paths with their content; ``image`` is needed where it is a DICOM frame, of which masks are cut as it
     was. An InputError says that a file cannot be read, is no mask of lesions, or has another size than the others.
     """
-    read = [
-        read_mask(path, None, data, notes=notes) if image is None else read_mask_of(path, image, data, notes=notes)
-        for path, data in files
-    ]
+    read = [read_mask(path, None, data) if image is None else read_mask_of(path, image, data) for path, data in files]
     for (path, _), mask in zip(files, read, strict=True):
         if mask.shape != read[0].shape:
             sizes = "{1}x{0} pixels, {3}x{2}".format(*mask.shape, *read[0].shape)

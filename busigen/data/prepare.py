@@ -284,9 +284,7 @@ def _report(
     seconds: float,
 ) -> PrepareReport:
     """The report of a table; ``notes`` gets which images lost their split, and what nothing is learnt from."""
-    by_class_and_split: dict[str, dict[str, int]] = {}
-    for (image_class, split), count in Counter(zip(table["class"], table["split"], strict=True)).items():
-        by_class_and_split.setdefault(image_class, {})[split] = count
+    by_class = table.group_by("class", maintain_order=True)
     before = [earlier.get(sha256) for sha256 in table["sha256"]]
     kept = [was == now for was, now in zip(before, table["split"], strict=True)]
     parted = [id_ for id_, was, same in zip(table["id"], before, kept, strict=True) if was is not None and not same]
@@ -304,7 +302,7 @@ def _report(
         by_class=dict(Counter(table["class"])),
         by_source=dict(Counter(table["source"])),
         by_split=dict(Counter(table["split"])),
-        by_class_and_split=by_class_and_split,
+        by_class_and_split={str(name): dict(Counter(part["split"])) for (name,), part in by_class},
         groups=table["group"].n_unique(),
         conflicts=int(table["class_conflict"].sum()),
         overlays={kind: int(table[f"overlay_{kind}"].sum()) for kind in ("colour", "text", "calipers")},

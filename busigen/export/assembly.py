@@ -7,6 +7,7 @@ step (``registry.LOOPS`` says what speaks for each).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -48,28 +49,22 @@ class Assembly:
     ) -> dict[str, str]:
         """Copy a model's nodes in, all or the given ones, and return what its names are called here.
 
-        Args:
-            model: what to copy.
-            prefix: put before every name that the copy computes.
-            wiring: the model's names, each with the value to read in its place; inputs not named become inputs here.
-            shared: put before the names of its initialisers, so that further copies of the same model share them.
-            nodes: those to copy.
+        ``prefix`` comes before every name that the copy computes, ``shared`` before those of its initialisers, which
+        further copies share. ``wiring`` says what is read in place of some names; other inputs become inputs here.
         """
         graph = model.graph
         names = dict(wiring)
         for tensor in graph.initializer:
             names[tensor.name] = shared + tensor.name
             if names[tensor.name] not in self.constants:
-                copy = self.constants[names[tensor.name]] = TensorProto()
-                copy.CopyFrom(tensor)
+                copy = self.constants[names[tensor.name]] = deepcopy(tensor)
                 copy.name = names[tensor.name]
         for value in graph.input:
             if value.name not in names:
                 self.inputs[value.name] = value
                 names[value.name] = value.name
         for node in graph.node if nodes is None else nodes:
-            twin = NodeProto()
-            twin.CopyFrom(node)
+            twin = deepcopy(node)
             # Names of nodes say nothing that their outputs' do not, and two copies must not share one.
             twin.ClearField("name")
             if any(attribute.HasField("g") for attribute in node.attribute):
@@ -83,8 +78,7 @@ class Assembly:
 
     def mixed(self, noise: ValueInfoProto, time: float) -> str:
         """Add the point of the straight path from ``noise`` to an input ``start`` at a time, and return its name."""
-        start = self.inputs["start"] = ValueInfoProto()
-        start.CopyFrom(noise)
+        start = self.inputs["start"] = deepcopy(noise)
         start.name = "start"
         shares = {"noise": time, "start": 1.0 - time}
         parts = [
@@ -213,8 +207,7 @@ class Assembly:
     def build(self, output: str, like: ValueInfoProto, final_name: str, name: str) -> ModelProto:
         """Finish with one output, computed as ``output``, typed ``like`` and known outside as ``final_name``."""
         self.add("Identity", [output], final_name)
-        final = ValueInfoProto()
-        final.CopyFrom(like)
+        final = deepcopy(like)
         final.name = final_name
         constants = list(self.constants.values())
         graph = helper.make_graph(self.nodes, name, list(self.inputs.values()), [final], constants)
@@ -237,20 +230,13 @@ def with_solver(
     after: ModelProto | None = None,
     start: float | None = None,
 ) -> ModelProto:
-    """Build the whole sampler of one stage.
+    """Build the whole sampler of one stage, a graph of that name with one ``output``.
 
-    Args:
-        step: traced ``(x, t, label, tokens, keep, *condition)`` to velocity; ``t`` and ``label`` have shape (1,). In
-            place of a label it may read ``adapter``, ``(B, A)``.
-        steps: the solver's times: one table, or one for each adapter.
-        label: class index; None for a ``step`` that has adapters in its place.
-        loop: a name in ``registry.LOOPS``.
-        name: the graph's name.
-        output: its output's name.
-        update: traced ``(x, velocity, t, s)``, and condition channels if need be, to the following ``x``.
-        before: traced computation of some of ``step``'s inputs, whose names its outputs have.
-        after: traced sample to output.
-        start: time of the first step, at which an input ``start`` is mixed with the noise; None for noise alone.
+    ``step`` is traced ``(x, t, label, tokens, keep, *condition)`` to velocity; ``t`` and ``label`` have shape (1,). In
+    place of a label, which is a class index, it may read ``adapter``, ``(B, A)``; then ``label`` is None, and ``steps``
+    has a table for each. ``update`` is traced ``(x, velocity, t, s)``, and condition channels if need be, to the
+    following ``x``, ``before`` to some of ``step``'s inputs, by their names, and ``after`` from sample to output. At
+    the time ``start``, that of the first step, an input of that name is mixed with the noise; None for noise alone.
     """
     assembly = Assembly(step.opset_import, step.ir_version)
     wiring = {}
@@ -259,8 +245,7 @@ def with_solver(
     if before is not None:
         computed = assembly.paste(before, "before/", {}, "before/")
         wiring |= {value.name: computed[value.name] for value in before.graph.output}
-    noise = ValueInfoProto()
-    noise.CopyFrom(step.graph.input[0])
+    noise = deepcopy(step.graph.input[0])
     noise.name = "noise"
     assembly.inputs.setdefault("noise", noise)
     first = "noise" if start is None else assembly.mixed(noise, start)
@@ -280,8 +265,7 @@ def _without_expansion(step: ModelProto) -> list[NodeProto]:
     instead: dict[str, str] = {}
     nodes = []
     for node in step.graph.node:
-        copied = NodeProto()
-        copied.CopyFrom(node)
+        copied = deepcopy(node)
         copied.input[:] = [instead.get(name, name) for name in node.input]
         read = {name for name in copied.input if name}
         if node.op_type == "Expand" and copied.input[0] in timed:
@@ -294,13 +278,8 @@ def _without_expansion(step: ModelProto) -> list[NodeProto]:
 
 
 def with_weights(model: ModelProto, weights: Mapping[str, TensorProto]) -> ModelProto:
-    """A copy of a traced graph with another network's weights.
-
-    Raises:
-        ValueError: the two do not have the same weights.
-    """
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    """A copy of a traced graph with another network's weights; a ValueError if the two do not have the same ones."""
+    copy = deepcopy(model)
     left = dict(weights)
     for tensor in copy.graph.initializer:
         if (other := left.pop(tensor.name, None)) is not None:

@@ -60,11 +60,9 @@ class Component:
     constants: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
 
     def graphs(self, precision: str, *, rounded: bool = False) -> Graphs:
-        """Lay out the graphs.
+        """Lay out the graphs in ``fp32``, or a precision of :data:`busigen.export.graph_rewrites.TYPES`.
 
-        Args:
-            precision: ``fp32``, or a name in :data:`busigen.export.graph_rewrites.TYPES`.
-            rounded: compute in fp32 what the precision would round (:func:`busigen.export.graph_rewrites.emulated`).
+        ``rounded`` ones compute in fp32 what it would round (:func:`busigen.export.graph_rewrites.emulated`).
         """
         made: dict[int, ModelProto] = {}
         for part in self.parts.values():
@@ -96,13 +94,7 @@ def components(
     """Trace a checkpoint's networks, one component after the other.
 
     A network is traced once per window size and gets each class's weights; what adapters leave alone is the same in
-    both classes and stored once.
-
-    Args:
-        networks: the merged networks of a checkpoint.
-        opset: ONNX's, one of ``registry.OPSETS``.
-        loop: a name in ``registry.LOOPS``.
-        only: names in ``components_of``.
+    both classes and stored once. ``only`` are names of ``components_of``.
     """
     tracing, steps, told = Tracer(opset), Steps(), bool(networks.scanners) and networks.shown_at is None
     for name in (name for name in components_of(networks) if name in only):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import onnxruntime
 import torch
 
 from busigen import __version__
-from busigen.errors import BusigenError, IntegrityError, OutputError, UsageError
+from busigen.errors import BusigenError, IntegrityError, UsageError
 from busigen.export.components import components, components_of, painter_graphs
 from busigen.export.graph_rewrites import TYPES
 from busigen.export.parity import LIMITS, PARITY_SEED, Reference, failures, refused
@@ -41,6 +40,7 @@ from busigen.runtime.backends.memory import LARGE
 from busigen.runtime.progress import Progress
 from busigen.runtime.storage.files import atomic_folder
 from busigen.training.checkpoint import RECORD as CHECKPOINT_RECORD
+from busigen.training.checkpoint import writing
 from busigen.training.networks.inference import Networks
 from busigen.training.stable_diffusion.lora import files_of
 from busigen.training.stable_diffusion.painter import BASES, OWN, chosen_decoder
@@ -60,17 +60,9 @@ def export(
     progress: Progress | None = None,
     last: Callable[[Bundle], object] = lambda bundle: None,
 ) -> Bundle:
-    """Export a checkpoint.
+    """Export what ``busigen train`` finished as a bundle in ``out``, which must not exist, or be empty.
 
-    Args:
-        checkpoint: what ``busigen train`` finished.
-        out: the bundle's folder; it must not exist, or be empty.
-        options: how; the defaults where none are given.
-        progress: shows how far it is.
-        last: given the finished bundle before it appears at ``out``, where it does not appear if this fails.
-
-    Returns:
-        The written bundle.
+    ``last`` is given the finished bundle before it appears at ``out``, where it does not appear if this fails.
 
     Raises:
         UsageError: this machine cannot run, and so not prove, what is asked for.
@@ -89,7 +81,7 @@ def export(
     networks, record = opened(checkpoint, options)
     check_finite(networks)
     info = _info(networks, record, checkpoint, options)
-    with _appearing(out) as folder, scratch() as beside:
+    with writing(out), atomic_folder(out) as folder, scratch() as beside:
         with progress:
             progress.start("drawing with PyTorch", len(LESION_CLASSES) * options.draws, unit="draw")
             reference = Reference(networks, Bundle(folder, info, ""), draws=options.draws, progress=progress)
@@ -121,24 +113,8 @@ def export(
     return Bundle.open(out)
 
 
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder that becomes ``out`` where all goes well, and is removed where it does not."""
-    try:
-        with atomic_folder(out) as folder:
-            yield folder
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
-        ) from error
-
-
 def _provers(precision: str) -> list[str]:
-    """ONNX Runtime's providers of this machine that can run graphs of a precision.
-
-    Raises:
-        UsageError: there is none, so that nothing could be proved.
-    """
+    """ONNX Runtime's providers of this machine that can run graphs of a precision; a UsageError if there is none."""
     known = {name: provider.onnxruntime for name, provider in PROVIDERS.items() if provider.onnxruntime}
     reasons = {name: runs(provider, precision) for name, provider in known.items()}
     able = [name for name, reason in reasons.items() if not reason]
@@ -178,8 +154,7 @@ def _proved(
 ) -> tuple[Bundle, dict[str, Any]]:
     """Write the bundle and compare every target over the whole trajectory, with ever more in fp32 until all hold.
 
-    Returns:
-        The bundle, with all in its record but what was found of it, and the figures of each target.
+    Gives the bundle, with all in its record but what was found of it, and the figures of each target.
     """
     while True:
         bundle = _written(folder, info, choices)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,8 +87,7 @@ class _Lowering:
         flowing = [name for name in read if name in self._floats and name not in self._constant]
         low = bool(flowing) and self._low.issuperset(flowing)
         half = bool(written) and not fixed and (node.op_type in HEAVY or (node.op_type in LIGHT and low))
-        twin = NodeProto()
-        twin.CopyFrom(node)
+        twin = deepcopy(node)
         exempt = _FIXED_INPUTS.get(node.op_type, ())
         twin.input[:] = [
             (self._halved(name) if half and place not in exempt else self._whole(name))
@@ -124,20 +124,14 @@ class _Lowering:
 
 
 def lowered(model: ModelProto, precision: str) -> ModelProto:
-    """A traced graph in half precision, its inputs and outputs in fp32.
+    """A traced graph, fp32 and without nested ones, in a precision of ``TYPES``, its inputs and outputs in fp32.
 
-    Args:
-        model: fp32, without nested graphs.
-        precision: a name in ``TYPES``.
-
-    Returns:
-        The graph; a weight ``w`` that is read in half precision is called ``w/as-<precision>``.
+    A weight ``w`` that is read in half precision is called ``w/as-<precision>``.
     """
     lowering = _Lowering(model, precision)
     for node in model.graph.node:
         lowering.add(node)
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
     result.graph.node.extend(lowering.nodes)
     read = {name for node in lowering.nodes for name in node.input}
@@ -159,8 +153,7 @@ def emulated(model: ModelProto) -> ModelProto:
     kinds = {name: kind.elem_type for name, kind in _types(model).items()}
     kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     halves = set(TYPES.values())
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     del result.graph.node[:], result.graph.value_info[:]
     read: set[str] = set()
     for node in model.graph.node:
@@ -168,8 +161,7 @@ def emulated(model: ModelProto) -> ModelProto:
         if node.op_type == "Cast" or not written:
             result.graph.node.append(node)
             continue
-        twin = NodeProto()
-        twin.CopyFrom(node)
+        twin = deepcopy(node)
         for place, name in enumerate(node.input):
             if kinds.get(name) in halves:
                 twin.input[place] = f"{name}/read"
@@ -206,20 +198,15 @@ def make_sums_deterministic(model: ModelProto) -> ModelProto:
     Sums over the last axes stay as they are, because ONNX Runtime has one order for them, and so do sums of two values,
     which have one order at all. But where the last axis was transposed there from within, as in a norm of channels,
     ONNX Runtime takes the transposition away and sums over the inner axis: such a sum is an inner one, too. Nodes
-    within loops are not looked at: what goes into a loop is rewritten before.
+    within loops are not looked at: what goes into a loop is rewritten before. The opset is 18 or later.
 
-    Args:
-        model: opset 18 or later; all but the leading axes of what is summed have fixed sizes.
-
-    Raises:
-        ValueError: a sum over inner axes has a size that is not fixed, or leaves axes between those that it is over.
+    A ValueError says that a sum over inner axes has a size that is not fixed, or leaves axes between its own.
     """
     types = _types(_with_loops_shaped(model))
     makers = {name: node for node in model.graph.node for name in node.output}
     known = {tensor.name: tensor for tensor in model.graph.initializer}
     known |= {name: node.attribute[0].t for name, node in makers.items() if node.op_type == "Constant"}
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     del result.graph.node[:]
     axes_read = set()
     for node in model.graph.node:
@@ -248,8 +235,7 @@ def make_sums_deterministic(model: ModelProto) -> ModelProto:
 
 def _with_loops_shaped(model: ModelProto) -> ModelProto:
     """A copy that says of the solver's result that it is shaped like its start, which shape inference does not see."""
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = deepcopy(model)
     inputs = {value.name: value.type for value in result.graph.input}
     for node in result.graph.node:
         if node.op_type == "Loop":

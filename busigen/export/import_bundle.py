@@ -48,9 +48,7 @@ DEFAULT = "default"  # The ``train --base`` that stands for the shipped bundle, 
 def opened_base(folder: Path | None) -> Iterator[Base | None]:
     """The base to train on: a checkpoint, or a bundle, which is restored for as long as it is needed.
 
-    Raises:
-        InputError: ``folder`` is neither.
-        IntegrityError: a file of it is not the one that was recorded.
+    An InputError says that ``folder`` is neither, an IntegrityError that a file is not the one that was recorded.
     """
     if folder is not None and not folder.exists() and str(folder) == DEFAULT:
         folder = default_bundle()
@@ -69,14 +67,7 @@ def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
 
     A bundle holds each class's merged weights, not base and adapters apart. The mean of the two classes' weights takes
     the base's place: it is the base plus the mean of the two adapters. Exported again, the checkpoint gives the same
-    weights.
-
-    Args:
-        bundle: as :meth:`Bundle.open` checked it.
-        out: the checkpoint's folder; must not exist yet, or be empty.
-
-    Returns:
-        The content of the checkpoint's ``busigen.json``. ``restored`` in it names the bundle by its sha256.
+    weights. Returns the content of its ``busigen.json``, in which ``restored`` names the bundle by its sha256.
 
     Raises:
         InputError: the bundle has a preset that this busigen does not know, or draws with a Stable Diffusion.
@@ -94,15 +85,11 @@ def restore(bundle: Bundle, out: Path) -> dict[str, Any]:
     if bundle.graph_names != names_of_graphs(LESION_CLASSES, BUCKETS, WHOLE_DECODER):
         problem = f"{bundle.folder} has other classes, windows or decoders than a checkpoint of preset {preset}."
         raise InputError(problem, fix=_EXPORT)
-    try:
+    with checkpoint.writing(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out} exists and is not empty.", fix="Use another --out, or delete it first.")
         latents = _write_components(bundle, preset, out)
         return checkpoint.write_record(out, {**_origin(bundle, preset), "latents": latents})
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}.", fix="Use a folder that you may write to."
-        ) from error
 
 
 def _write_components(bundle: Bundle, preset: str, out: Path) -> dict[str, list[float]]:
@@ -187,11 +174,7 @@ def _save(component: str, preset: str, weights: Mapping[str, Tensor], folder: Pa
 
 
 def _weights(bundle: Bundle, graph: str) -> Weights:
-    """A graph's initialisers by the name that they were traced under, in fp32.
-
-    Raises:
-        InputError: they are quantised, which keeps too little of them to train on.
-    """
+    """A graph's initialisers by their traced names, in fp32; an InputError if they are quantised, and so too coarse."""
     path = bundle.graph(graph)
     if bundle.info["graphs"][graph].get("precision") == "int8":
         raise InputError(

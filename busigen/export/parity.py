@@ -135,8 +135,7 @@ def _ellipse(index: int) -> Mask:
     """A lesion, small for even and large for odd indices, so that both windows are proved."""
     rows, columns = np.ogrid[:RESOLUTION, :RESOLUTION]
     height, width = (18, 26) if index % 2 == 0 else (45, 60)
-    result: Mask = ((rows - 110) / height) ** 2 + ((columns - 128) / width) ** 2 <= 1.0
-    return result
+    return ((rows - 110) / height) ** 2 + ((columns - 128) / width) ** 2 <= 1.0
 
 
 Image = NDArray[np.uint8]
@@ -250,13 +249,10 @@ LIMITS = {
 
 
 class Reference:
-    """What PyTorch draws, once for all targets that are compared with it.
+    """What PyTorch draws, so many ``draws`` per class, once for all targets that are compared with it.
 
-    Args:
-        networks: the checkpoint's.
-        bundle: says which graphs there are and how large their inputs; its files need not exist yet.
-        draws: draws per class.
-        progress: counts draws; the caller has started it.
+    ``bundle`` says which graphs there are and how large their inputs; its files need not exist yet. ``progress``, which
+    the caller has started, counts draws.
     """
 
     def __init__(
@@ -268,12 +264,10 @@ class Reference:
         self.calls = backend.calls
 
     def compare(self, bundle: Bundle, backend: Backend) -> dict[str, Any]:
-        """Draw the same samples with a backend and measure how far they are apart.
+        """Draw the same samples with a backend and measure how far they are apart, per class.
 
-        Returns:
-            Per class: masks and images compared; the figures of :data:`LIMITS` (the worst draw's each, but for the last
-            two); number of masks that are equal to the pixel; draws that the gates accept. A figure without anything
-            to compare fails.
+        Gives masks and images compared; the figures of :data:`LIMITS` (the worst draw's each, but for the last two);
+        masks that are equal to the pixel; draws that the gates accept. A figure without anything to compare fails.
         """
         return {label: self._figures(label, bundle, backend) for label in LESION_CLASSES}
 

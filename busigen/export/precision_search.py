@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
 from busigen.errors import OutputError, UsageError
 from busigen.export.components import Component, Graphs
@@ -41,11 +43,7 @@ OPERATORS = ("MatMul",)
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for graphs that are tried out.
-
-    Raises:
-        OutputError: there is no room for them.
-    """
+    """A folder for graphs that are tried out; an OutputError if there is no room for them."""
     try:
         # On Windows, what a session has mapped into its memory cannot be removed before that ends.
         with tempfile.TemporaryDirectory(prefix="busigen-", ignore_cleanup_errors=True) as folder:
@@ -57,29 +55,16 @@ def scratch() -> Iterator[Path]:
         ) from error
 
 
-class _Calls(CalibrationDataReader):
-    """The recorded calls of a graph, for calibration."""
-
-    def __init__(self, calls: Sequence[RecordedCall]) -> None:
-        self._calls = iter([call.inputs for call in calls])
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        """The next call's inputs."""
-        return next(self._calls, None)
-
-
 def quantised(
     graphs: Mapping[str, ModelProto], calls: Mapping[str, Sequence[RecordedCall]], operators: Sequence[str] = OPERATORS
 ) -> dict[str, ModelProto]:
-    """Graphs with operators of some kinds in int8: weights per channel, activations by the range they were seen in.
+    """Graphs of fp32 with nodes of some kinds in int8: weights per channel, activations by the range they were seen in.
 
-    Args:
-        graphs: fp32.
-        calls: calibration inputs per graph; none of them may be empty.
-        operators: kinds of nodes that are quantised.
+    ``calls`` have the calibration inputs per graph, of which none may be empty.
     """
     found = {}
     for name, model in graphs.items():
+        reader = SimpleNamespace(get_next=partial(next, iter([call.inputs for call in calls[name]]), None))
         with scratch() as folder:
             # It warns that a model was not pre-processed, which busigen's own folding has done.
             logging.disable(logging.WARNING)
@@ -87,7 +72,7 @@ def quantised(
                 quantize_static(
                     whole(model),
                     str(folder / "int8.onnx"),
-                    _Calls(calls[name]),
+                    reader,
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=list(operators),
                     per_channel=True,
@@ -102,13 +87,7 @@ def quantised(
 
 
 def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
-    """Why an ONNX Runtime provider cannot run a convolution and a product in a precision; empty if it can.
-
-    Args:
-        provider: ONNX Runtime's name of it.
-        precision: a name in ``registry.PRECISIONS``.
-        opset: ONNX's.
-    """
+    """Why a provider, by ONNX Runtime's name, cannot run a convolution and product in a precision; empty if it can."""
     opset = max(opset, 22) if precision == "bf16" else opset
     nodes = [
         helper.make_node("Cast", ["x"], ["low"], to=TYPES.get(precision, TensorProto.FLOAT)),
@@ -134,11 +113,7 @@ def runs(provider: str, precision: str, opset: int = OPSETS[0]) -> str:
 
 
 def check_opset(opset: int) -> None:
-    """Refuse an opset that this ONNX Runtime does not know.
-
-    Raises:
-        UsageError: it does not.
-    """
+    """Raise a UsageError for an opset that this ONNX Runtime does not know."""
     if problem := runs("CPUExecutionProvider", "fp32", opset):
         raise UsageError(
             f"ONNX Runtime {ort.__version__} cannot run opset {opset}: {problem}.",
@@ -234,13 +209,7 @@ class GraphsBackend(Backend):
 def choose(component: Component, target: str, calls: Mapping[str, Sequence[RecordedCall]]) -> Choice:
     """Lay a component out in the wanted precision, or in the next higher one that reproduces the checkpoint.
 
-    Args:
-        component: as traced.
-        target: a name in ``registry.PRECISIONS``.
-        calls: recorded calls of each graph, with what PyTorch answers.
-
-    Raises:
-        ParityError: not even fp32 reproduces it.
+    ``calls`` are those of each graph, with what PyTorch answers. A ParityError says that not even fp32 reproduces it.
     """
     tried: list[PrecisionAttempt] = []
     precision = target if target != "int8" or component.name in QUANTISED else PRECISIONS[target].above

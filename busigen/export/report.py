@@ -30,15 +30,10 @@ KINDS = {
 """Operators that count as one kernel for what PyTorch has several of; ``QuickGelu`` is ONNX Runtime's SiLU, too."""
 
 
-def fused(graph: Path | bytes, provider: str = "CPUExecutionProvider") -> dict[str, int]:
-    """Count the nodes of a graph as ONNX Runtime optimises it, those of a loop's body among them.
+def fused(graph: Path | bytes) -> dict[str, int]:
+    """Count the nodes of a graph as ONNX Runtime's CPU provider optimises it, those of a loop's body among them, once.
 
-    Args:
-        graph: a file, or a graph with its weights.
-        provider: ONNX Runtime's name of it.
-
-    Returns:
-        ``nodes`` in all, and as many as there are of each of ``KINDS``. A solver's loop counts once.
+    ``graph`` is a file, or holds its weights. Gives ``nodes`` in all, and how many there are of each of ``KINDS``.
     """
     with tempfile.TemporaryDirectory(prefix="busigen-") as folder:
         optimised = Path(folder) / "optimised.onnx"
@@ -48,7 +43,8 @@ def fused(graph: Path | bytes, provider: str = "CPUExecutionProvider") -> dict[s
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         # It warns that what it writes is for this machine, which is where it is counted.
         options.log_severity_level = 4
-        ort.InferenceSession(graph if isinstance(graph, bytes) else str(graph), options, providers=[provider])
+        model = graph if isinstance(graph, bytes) else str(graph)
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         outer = onnx.load(str(optimised), load_external_data=False).graph.node
     inner = (node for loop in outer for attribute in loop.attribute for node in attribute.g.node)
     nodes = Counter(node.op_type for node in (*outer, *inner))
@@ -71,9 +67,7 @@ _HEADERS = {
 def check_report(path: Path) -> None:
     """Refuse a report that could not be written, before the export that it is about.
 
-    Raises:
-        UsageError: its ending is not one of ``ENDINGS``.
-        OutputError: its folder is not there.
+    A UsageError says that its ending is not one of ``ENDINGS``, an OutputError that its folder is not there.
     """
     if path.suffix not in ENDINGS:
         raise UsageError(f"--report {path} ends with neither {' nor '.join(ENDINGS)}.", fix="Name it report.md.")
@@ -82,12 +76,7 @@ def check_report(path: Path) -> None:
 
 
 def write_report(path: Path, info: Mapping[str, Any]) -> None:
-    """Write what an export proved, as Markdown or as JSON.
-
-    Args:
-        path: its ending says which.
-        info: the content of ``bundle.json``.
-    """
+    """Write what an export proved by its ``bundle.json``, as Markdown or as JSON, which the path's ending says."""
     if path.suffix == ".json":
         keys = ("preset", "target", "precision", "opset", "loop", "batch_sizes", "components", "fused", "parity")
         text = json.dumps({key: info[key] for key in keys}, indent=1) + "\n"
@@ -171,12 +160,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def model_card(record: Mapping[str, Any], info: Mapping[str, Any]) -> str:
-    """A model card in Markdown.
-
-    Args:
-        record: the checkpoint's ``busigen.json``.
-        info: the bundle's ``bundle.json``.
-    """
+    """A model card in Markdown, of a checkpoint's ``busigen.json`` and a bundle's ``bundle.json``."""
     tasks = "\n".join(
         f"| {name} | {task.get('steps', '')} | {_held_out(task)} | {task['seconds']:.0f} |"
         for name, task in record["tasks"].items()

@@ -43,40 +43,22 @@ LARGEST_BATCH = 4096
 
 @dataclass(frozen=True)
 class Options:
-    """How a checkpoint is exported.
+    """How a checkpoint is exported; a UsageError for a value that cannot be."""
 
-    Attributes:
-        target: a name in ``TARGETS``.
-        precision: a name in ``registry.PRECISIONS``; components that fail in it get the next higher one.
-        opset: one of ``registry.OPSETS``.
-        loop: a name in ``registry.LOOPS``.
-        batch_sizes: batches, 1 to ``LARGEST_BATCH``, that the bundle is made for: engines with static shapes are built
-            for these. The ONNX graphs take any batch.
-        draws: draws per class over which every target is compared with PyTorch.
-        engines: names in ``registry.ENGINE_TARGETS``, on which the bundle is proved, too, where this machine can.
-        steps: network evaluations of stages, where they are not to be the preset's.
-        base_model: the Stable Diffusion that the checkpoint was trained on, if on any.
-        painting: how that is to draw.
-        phantoms: what backgrounds begin with, as `fitted_phantoms` reads it; None for what the checkpoint records.
-
-    Raises:
-        UsageError: a value is not one of these.
-    """
-
-    target: str = "onnx"
-    precision: str = next(iter(PRECISIONS))
+    target: str = "onnx"  # a name in ``TARGETS``
+    precision: str = next(iter(PRECISIONS))  # of ``registry.PRECISIONS``; components that fail get the next higher one
     opset: int = OPSETS[0]
     loop: str = next(iter(LOOPS))
-    batch_sizes: tuple[int, ...] = ()
-    draws: int = PARITY_DRAWS
-    engines: tuple[str, ...] = ()
-    steps: Mapping[str, int] = field(default_factory=dict)
-    base_model: BaseModel | None = None
+    batch_sizes: tuple[int, ...] = ()  # 1 to ``LARGEST_BATCH``, that engines with static shapes are built for
+    draws: int = PARITY_DRAWS  # per class, over which every target is compared with PyTorch
+    engines: tuple[str, ...] = ()  # of ``registry.ENGINE_TARGETS``, on which it is proved, too, where this machine can
+    steps: Mapping[str, int] = field(default_factory=dict)  # evaluations of stages, where not the preset's
+    base_model: BaseModel | None = None  # the Stable Diffusion that the checkpoint was trained on, if on any
     painting: PaintingOptions = field(default_factory=PaintingOptions)
-    phantoms: Mapping[str, Any] | None = None
+    phantoms: Mapping[str, Any] | None = None  # as `fitted_phantoms` reads it; None for what the checkpoint records
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Look at each value."""
         known = {"target": TARGETS, "precision": PRECISIONS, "opset": OPSETS, "loop": LOOPS}
         for name, allowed in known.items():
             value = getattr(self, name)
@@ -93,11 +75,7 @@ class Options:
 
 
 def batch_sizes(text: str | None) -> tuple[int, ...]:
-    """Batches as a person lists them, ``4,16``; none where nothing is said.
-
-    Raises:
-        UsageError: a part is no whole number.
-    """
+    """Batches as a person lists them, ``4,16``, none where nothing is said; a UsageError if one is no whole number."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     for part in parts:
         if not part.isascii() or not part.isdigit():
@@ -118,15 +96,10 @@ def solver_counts(given: Sequence[str]) -> dict[str, int]:
 
 
 def fitted_phantoms(path: Path, start: float) -> dict[str, Any]:
-    """What a bundle holds of phantoms, from a file that `benchmarks/studies/phantom.py fit` wrote.
+    """What a bundle holds of phantoms, from a file that `benchmarks/studies/phantom.py fit` wrote, or an InputError.
 
-    Args:
-        path: the file.
-        start: the time, between 0 and 1, from which the prior makes them images; 1 would be noise alone.
-
-    Raises:
-        InputError: the file is missing, or holds something else.
-        UsageError: ``start`` is not such a time.
+    ``start`` is the time from which the prior makes them images; a UsageError if it does not lie between 0 and 1, which
+    would be noise alone.
     """
     if not 0.0 < start < 1.0:
         raise UsageError(f"--prior-start is {start:g}.", fix="Give a time between 0 and 1, such as 0.5.")
@@ -153,11 +126,7 @@ def _needed(preset: str) -> dict[str, tuple[str, ...]]:
 
 
 def check_layout(checkpoint: Path, preset: str) -> None:
-    """Refuse a checkpoint that lacks a component, has one too many, or has adapters that were not merged.
-
-    Raises:
-        InputError: the message names the folder.
-    """
+    """Raise an InputError for a checkpoint that lacks a component, has one too many, or adapters not merged."""
     needed = _needed(preset)
     own = ("decoder",) if preset == STABLE_DIFFUSION else ()
     expected = {BASE: (*needed[BASE], *own, *STAGES), ADAPTERS: _MERGED, MERGED: needed[MERGED]}
@@ -184,11 +153,7 @@ def check_layout(checkpoint: Path, preset: str) -> None:
 
 
 def check_finite(networks: Networks) -> None:
-    """Refuse weights that are no numbers: every image would be NaN, or refused by a gate that says nothing of why.
-
-    Raises:
-        InputError: names component and weight.
-    """
+    """Raise an InputError for weights that are no numbers: gates would refuse every image and say nothing of why."""
     for component, module in _modules(networks).items():
         trainer.check_finite(component, module)
     for name in ("latents_mean", "latents_std"):

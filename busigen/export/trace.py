@@ -77,8 +77,7 @@ def _fold(graph: ir.Model, weights: set[str]) -> None:
 
 def _shapes_at(model: ModelProto, batch: int, weights: set[str]) -> dict[str, list[int]]:
     """What every reshape of the graph yields at one batch, as far as it can be told."""
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copy.deepcopy(model)
     del fixed.graph.value_info[:]
     for value in fixed.graph.input:
         for size in value.type.tensor_type.shape.dim:
@@ -228,12 +227,7 @@ def traced(
 ) -> ModelProto:
     """Trace a module without looking at its weights' numbers.
 
-    Args:
-        module: in evaluation mode.
-        inputs: example tensors with batch ``EXAMPLE_BATCH`` first, in the order of its arguments.
-        outputs: names of the outputs.
-        opset: ONNX's.
-        static: names of inputs without a batch axis.
+    ``inputs`` are examples in the order of its arguments, with batch ``EXAMPLE_BATCH`` first unless ``static``.
     """
     dynamic = [None if name in static else {0: torch.export.Dim.DYNAMIC} for name in inputs]
     # The positional parameters of ``forward``; what is left arrives as one ``*args`` tuple.

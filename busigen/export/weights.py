@@ -104,8 +104,7 @@ def as_type(tensor: TensorProto, name: str, kind: int) -> TensorProto:
     if not tensor.external_data:
         with np.errstate(over="ignore"):
             return numpy_helper.from_array(numbers(tensor).astype(helper.tensor_dtype_to_np_dtype(kind)), name)
-    result = TensorProto()
-    result.CopyFrom(tensor)
+    result = copy.deepcopy(tensor)
     result.name, result.data_type = name, kind
     return result
 
@@ -120,8 +119,7 @@ def weights_of(model: ModelProto) -> list[TensorProto]:
 
 def whole(model: ModelProto) -> ModelProto:
     """A copy of a small model that holds all numbers itself."""
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy.deepcopy(model)
     for tensor in weights_of(result):
         tensor.CopyFrom(numpy_helper.from_array(numbers(tensor), tensor.name))
     return result
@@ -163,8 +161,7 @@ def stored(model: ModelProto, component: str, files: WeightFiles) -> ModelProto:
     weight that fp16 would spoil stays fp32, and what is in half precision or int8 already stays as it is. One weight
     after the other is in memory.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = copy.deepcopy(model)
     _store(result.graph, component, files)
     # Shapes that the tracer inferred would contradict the new types, and ONNX Runtime infers its own.
     del result.graph.value_info[:]
@@ -206,16 +203,10 @@ def _fits_half(value: NDArray[Any]) -> bool:
 def write_graphs(
     component: str, models: Mapping[str, ModelProto], folder: Path, files: WeightFiles
 ) -> dict[str, dict[str, Any]]:
-    """Write the graphs of a component and their weights.
+    """Write the graphs of a component and their weights into a bundle's folder; ``files`` are its weights so far.
 
-    Args:
-        component: names the weight files.
-        models: graphs by name, ``<component>`` or ``<component>@<window side>``; one may have several names.
-        folder: the bundle.
-        files: its weights so far.
-
-    Returns:
-        The records for ``bundle.json`` by graph name: files with their sha256, inputs, output.
+    ``models`` go by name, ``<component>`` or ``<component>@<window side>``; one may have several names. Gives the
+    records for ``bundle.json`` by the same names: files with their sha256, inputs, output.
     """
     records: dict[str, dict[str, Any]] = {}
     written: dict[int, dict[str, Any]] = {}

@@ -15,7 +15,8 @@ import json
 import platform
 import reprlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import product
@@ -153,6 +154,15 @@ class CheckpointRecord(ImagesRecord):
         if (self.painting is not None) != (self.preset == STABLE_DIFFUSION):
             raise ValueError(f"'painting' does not fit the preset {self.preset}")
         return self
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raise an OutputError where the block cannot write to ``out``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}.", fix=WRITABLE) from error
 
 
 def place_of(task: TaskSpec) -> str:

@@ -11,12 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from busigen.errors import BusigenError, InputError, IntegrityError, OutputError, UsageError
-from busigen.export.exporter import _appearing, export
+from busigen.export.exporter import export
 from busigen.export.precision_search import check_opset, runs
 from busigen.export.report import check_report
 from busigen.export.request import Options, batch_sizes
 from busigen.mtf import Transfer
 from busigen.registry import OPSETS, PRECISIONS
+from busigen.runtime.storage.files import atomic_folder
 from busigen.training.checkpoint import RECORD
 from tests.harness.checkpoints import changed, rehashed, untrained
 from tests.harness.command import error_line, run
@@ -136,10 +137,10 @@ def test_a_folder_beside_the_bundle_is_left_alone(tmp_path: Path) -> None:
     mine, out, link = tmp_path / ".bundle.tmp", tmp_path / "bundle", tmp_path / "link"
     mine.mkdir()
     (mine / "thesis.tex").write_text("mine")
-    with _appearing(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "bundle.json").write_text("{}")
     link.symlink_to(out)
-    with pytest.raises(OutputError, match="is a link"), _appearing(link):
+    with pytest.raises(OutputError, match="is a link"), atomic_folder(link):
         pass
     assert [path.name for path in out.iterdir()] == ["bundle.json"]
     assert [path.name for path in mine.iterdir()] == ["thesis.tex"]

@@ -229,14 +229,14 @@ def exporting(inputs: Path) -> Case:
 
 def appearing(inputs: Path) -> Case:
     """How an export writes its bundle, without tracing and proving it."""
-    from busigen.export.exporter import _appearing
     from busigen.export.weights import WeightFiles
+    from busigen.runtime.storage.files import atomic_folder
     from busigen.training.trainer import write_json
 
     def work(root: Path) -> None:
         if (root / OUT).exists():
             return
-        with _appearing(root / OUT) as folder:
+        with atomic_folder(root / OUT) as folder:
             WeightFiles(folder).place("prior", bytes(range(256)) * 40)
             (folder / "prior.onnx").write_bytes(bytes(range(256)) * 20)
             write_json(folder / "bundle.json", {"schema": 1})

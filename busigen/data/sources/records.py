@@ -154,8 +154,7 @@ class Layout:
 def read_rows(path: Path, required: Sequence[str]) -> list[Row]:
     """The rows of a CSV file (UTF-8, any line ends) as text: stripped values by column, None where empty.
 
-    Raises:
-        InputError: It is unreadable, no CSV, or lacks a required column.
+    An InputError says that it is unreadable, no CSV, or lacks a required column.
     """
     import polars as pl
 

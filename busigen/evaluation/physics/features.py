@@ -202,26 +202,20 @@ def _texture(grey: Grey, regions: Regions) -> dict[str, float]:
 class Regions:
     """Where an image is measured. All masks are ``bool (H, W)`` and hold no overlays and no letterbox bars.
 
-    Attributes:
-        tissue: All that may be measured: the image without its overlays.
-        ring: The band around lesions, ``RING`` px outside the outline.
-        strips: For each lesion, below it, as wide and as deep as it (within ``POSTERIOR_DEPTH``), and the same rows on
-            both sides, each half as wide as the lesion.
-        distance: ``float32 (H, W)``, distance in pixels to the outline, negative inside, ``inf`` beyond the ring,
-            ``-inf`` where the lesion fills the frame and has no outline.
-        lesions: The connected lesions of at least ``MIN_PIXELS``, else the largest, overlays and all: what shape is
-            measured on.
-        box: Rows and columns that hold lesions and ring; None without a lesion.
+    ``strips`` are, for each lesion, below it, as wide and as deep as it (within ``POSTERIOR_DEPTH``), and the same rows
+    on both sides, each half as wide. ``distance`` is ``float32 (H, W)``, in pixels to the outline, negative inside,
+    ``inf`` beyond the ring, ``-inf`` where the lesion fills the frame and has no outline. ``lesions``, whose shape is
+    measured, are the connected ones of at least ``MIN_PIXELS``, else the largest, overlays and all.
     """
 
-    tissue: Mask
+    tissue: Mask  # All that may be measured: the image without its overlays
     lesion: Mask
-    ring: Mask
+    ring: Mask  # The band around lesions, ``RING`` px outside the outline
     background: Mask
     strips: tuple[tuple[Mask, Mask], ...]
     distance: NDArray[np.float32]
     lesions: tuple[Mask, ...]
-    box: tuple[slice, slice] | None
+    box: tuple[slice, slice] | None  # Rows and columns that hold lesions and ring; None without a lesion
 
 
 def find_regions(mask: Mask, valid: Mask, overlays: Mask) -> Regions:

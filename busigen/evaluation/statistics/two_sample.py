@@ -53,26 +53,16 @@ class Distances:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two sets differ in.
+    """What two sets differ in."""
 
-    Attributes:
-        scopes: Names of the S scopes: each class that both sets have, and `ALL`.
-        ks: Kolmogorov-Smirnov distance, 0 to 1.
-        wasserstein: First Wasserstein distance in units of the real scope's standard deviation.
-        swap: How far classes are exchanged, ``(1, 1)``: see `_Joint.swap`. NaN unless there are two classes.
-        shift: ``(S, D)``, probability that a synthetic value exceeds a real one, minus 0.5 (Mann-Whitney).
-        synthetic: ``(S, D)``, synthetic images with a value; ``real`` the same.
-        reweighted: Class shares differ by more than 5 %, and `ALL` makes up for it.
-    """
-
-    scopes: tuple[str, ...]
-    ks: Distances
-    wasserstein: Distances
-    swap: Distances
-    shift: Floats
-    synthetic: NDArray[np.int64]
-    real: NDArray[np.int64]
-    reweighted: bool
+    scopes: tuple[str, ...]  # Names of the S scopes: each class that both sets have, and `ALL`
+    ks: Distances  # Kolmogorov-Smirnov distance, 0 to 1
+    wasserstein: Distances  # First Wasserstein distance in units of the real scope's standard deviation
+    swap: Distances  # How far classes are exchanged, ``(1, 1)``: see `_Joint.swap`. NaN unless there are two classes
+    shift: Floats  # ``(S, D)``, probability that a synthetic value exceeds a real one, minus 0.5 (Mann-Whitney)
+    synthetic: NDArray[np.int64]  # ``(S, D)``, synthetic images with a value
+    real: NDArray[np.int64]  # The same
+    reweighted: bool  # Class shares differ by more than 5 %, and `ALL` makes up for it
 
 
 def compare(real: Sample, synthetic: Sample, rng: np.random.Generator) -> Comparison:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from busigen.errors import ProviderError, UsageError
 from busigen.registry import AUTO, DEFAULT_BATCH, MIN_BATCH, PROVIDERS, Provider
 from busigen.runtime.backends.bundle import Bundle
+from busigen.runtime.backends.bundle_record import component_of
 from busigen.runtime.backends.tensorrt.profiles import Batches
 from busigen.text import install_command
 
@@ -203,8 +204,7 @@ class TimedBackend(Backend):
 
     def called(self, graph: str, inputs: Feed, output: Any, began: float, ended: float) -> None:
         """Take note of a call that ended; may come from any thread."""
-        # ``lesion`` for ``lesion-benign@128``: a stage over all classes and window sizes.
-        stage = graph.partition("@")[0].partition("-")[0]
+        stage = component_of(graph)
         with self._lock:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + ended - began
 

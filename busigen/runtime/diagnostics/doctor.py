@@ -27,6 +27,7 @@ from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.memory import available_memory
 from busigen.runtime.backends.probe import answer, driver_cuda, gpus, probe, tried_apart
 from busigen.runtime.execution.estimate import BYTES_PER_SAMPLE, free_space
+from busigen.runtime.storage.files import existing
 from busigen.text import counted, disk_size, install_command
 
 ROW_MEMORY = 16 << 20
@@ -107,7 +108,8 @@ def examine(out: Path) -> Iterator[Finding]:
             yield _finding("PyTorch", f"torch {version}; generate does without")
     yield _processor()
     if (free := available_memory()) is not None:
-        yield _memory(free)
+        fix = "Give a smaller --batch-size, and one worker." if largest_batch(free) < _FEW_ROWS else ""
+        yield _finding("memory", f"{disk_size(free)} free", fix)
     yield _disk(out)
 
 
@@ -296,16 +298,9 @@ def _processor() -> Finding:
     return _finding("processor", described, f"Give --threads {max(1, int(quota))}.")
 
 
-def _memory(free: int) -> Finding:
-    fix = "Give a smaller --batch-size, and one worker." if largest_batch(free) < _FEW_ROWS else ""
-    return _finding("memory", f"{disk_size(free)} free", fix)
-
-
 def _disk(out: Path) -> Finding:
     """Whether a dataset could be written into ``out``, and how many samples have room there."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(out)
     fix = "Free some space, or choose another --out."
     try:
         free = free_space(out)

@@ -19,7 +19,7 @@ from busigen.runtime.dataset.shards import ShardRecord
 from busigen.runtime.execution.signals import Stopping
 from busigen.runtime.output.base import Output, Records
 from busigen.runtime.progress import Progress
-from busigen.runtime.storage.files import output_errors
+from busigen.runtime.storage.files import existing, output_errors
 from busigen.text import counted, disk_size, duration
 
 BYTES_PER_SAMPLE = 80_000
@@ -95,9 +95,7 @@ class Forecast:
 def free_space(out: Path) -> int:
     """Free bytes of the disk that ``out`` lies on, or would; an ``OutputError`` where there is none, as for /proc."""
     with output_errors(out):
-        place = out.absolute()
-        while not place.exists():
-            place = place.parent
+        place = existing(out)
         disk = shutil.disk_usage(place)
     if not disk.total:
         raise OutputError(f"{out} would lie in {place}, which is on no disk.", fix="Choose another --out.")

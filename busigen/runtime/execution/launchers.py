@@ -30,7 +30,7 @@ _FRESH = multiprocessing.get_context("spawn")
 
 
 class Launcher:
-    """Decides which shards this command makes, and where."""
+    """Which shards this command makes, and where: all that are asked for, here, by one process or several."""
 
     def task(self, asked: str | None) -> str | None:
         """The ``--array-task`` of this command; ``asked`` was typed. A ``UsageError`` if it cannot be known."""
@@ -39,14 +39,6 @@ class Launcher:
     def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool | None:
         """The workers; None where this process makes the shards itself. Raises for options of other launchers."""
         # ``make`` gives what a worker of so many threads opens its source with.
-        raise NotImplementedError
-
-
-class Local(Launcher):
-    """This machine: one process, or with ``--workers`` several."""
-
-    def worker_pool(self, make: Callable[[int | None], SourceMaker], options: GenerateOptions) -> WorkerPool | None:
-        """A pool of processes; None for a single worker."""
         if options.ray_address is not None:
             address = without_credentials(options.ray_address)
             raise UsageError(f"--ray-address is {address!r}, without Ray.", fix="Add --launcher ray.")
@@ -58,7 +50,7 @@ class Local(Launcher):
         return LocalWorkerPool(make(options.threads or max(1, usable_cores() // workers)), workers)
 
 
-class Slurm(Local):
+class Slurm(Launcher):
     """A task of a Slurm job array; all else is as without Slurm."""
 
     def task(self, asked: str | None) -> str | None:
@@ -75,7 +67,8 @@ def _ray() -> Launcher:
     return OnRay()
 
 
-LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": Local, "ray": _ray, "slurm": Slurm}  # see registry.LAUNCHERS
+# See registry.LAUNCHERS.
+LAUNCHERS: dict[str, Callable[[], Launcher]] = {"local": Launcher, "ray": _ray, "slurm": Slurm}
 
 
 def launcher(name: str) -> Launcher:

@@ -6,8 +6,9 @@ import hashlib
 import io
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,14 @@ def _repair_alone(folder: Path, inputs: Inputs) -> RepairReport:
     there = sum(record.count for record in records if record.tar.size >= LEAST_SAMPLE * record.count)
     if there < plan.count:
         require_room(output, replace(plan, count=plan.count - there), {})
-    with output_errors(folder):
-        lock = exclusive(folder)
-        lock.__enter__()
-    try:
-        return _repair(folder, inputs)
-    except KeyboardInterrupt:
-        problem = f"Interrupted; what was repaired in {folder} is kept."
-        raise RepairInterrupted(problem, fix="Run the same command again to continue.") from None
-    finally:
-        lock.__exit__(None, None, None)
+    with ExitStack() as held:
+        with output_errors(folder):
+            held.enter_context(exclusive(folder))
+        try:
+            return _repair(folder, inputs)
+        except KeyboardInterrupt:
+            problem = f"Interrupted; what was repaired in {folder} is kept."
+            raise RepairInterrupted(problem, fix="Run the same command again to continue.") from None
 
 
 def _repair(folder: Path, inputs: Inputs) -> RepairReport:
@@ -139,17 +138,14 @@ def _repair(folder: Path, inputs: Inputs) -> RepairReport:
         if not has_run(folder):
             write_json(folder / RUN_FILE, work.run)
             work.repaired.append(f"{RUN_FILE}: written again from {DATASET_FILE}")
-    before = verify(folder, healthy=inputs.healthy, masks=inputs.masks, progress=inputs.progress)
+    check = partial(verify, folder, healthy=inputs.healthy, masks=inputs.masks, progress=inputs.progress)
+    before = check()
     blamed = {problem.file for problem in before.problems}
     numbers = [number for number in work.damaged(blamed) if not work.write_table_from_tar(number, blamed)]
     error = work.draw_again(numbers, inputs) if numbers else None
     if error is None and not work.refused and blamed & set(FINISHED_FILES):
         work.finish()
-    after = (
-        verify(folder, healthy=inputs.healthy, masks=inputs.masks, progress=inputs.progress)
-        if work.repaired
-        else before
-    )
+    after = check() if work.repaired else before
     if error is None and (work.refused or not after.ok):
         error = _not_in_full(folder)
     return RepairReport(tuple(work.repaired), tuple(work.refused), after, error)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,16 @@ from busigen.runtime.maintenance.merge import (
     parts_of,
     recorded_sources,
 )
-from busigen.runtime.maintenance.verify_shard import DELETE, FINISH, MEND, REPAIR, Problem, ShardFindings, check_shard
+from busigen.runtime.maintenance.verify_shard import (
+    DELETE,
+    FINISH,
+    MEND,
+    REPAIR,
+    Counts,
+    Problem,
+    ShardFindings,
+    check_shard,
+)
 from busigen.runtime.progress import Progress
 from busigen.runtime.sampling.inputs.given_masks import MaskFolder, MaskProof
 from busigen.runtime.sampling.inputs.healthy_images import Backgrounds
@@ -68,26 +77,14 @@ _WORKERS = min(8, os.cpu_count() or 1)
 _LINK = "is a link, and links are not followed."
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass
+class VerifyReport(Counts):
     """Outcome of ``verify``."""
 
     folder: Path | Address
-    samples: int  # that were read
     shards: int  # that there should be
     problems: tuple[Problem, ...]
     duplicates: int  # samples whose image equals an earlier one's
-    backgrounds_proven: int  # samples that equal their healthy image outside the edit region, bit for bit
-    backgrounds_unproven: int  # samples with a real healthy image for which that was not shown
-    backgrounds_synthetic: int  # samples with nothing to show
-    masks_equal: int = 0  # samples whose mask is the user's, letterboxed and no more
-    masks_moved: int = 0  # those whose mask is the user's, moved, scaled or mirrored as their row says
-    groups: int = 0  # of a grid
-    groups_equal: int = 0  # those whose samples differ in their edit regions alone
-    masks_unproven: int = 0  # those with a user's mask for which that was not shown
-    normals: int = 0  # samples without a lesion
-    normals_equal: int = 0  # those that equal their healthy image in every pixel, bit for bit
-    several: int = 0  # samples with more than one lesion
 
     @property
     def ok(self) -> bool:
@@ -203,22 +200,15 @@ def _verify_one(
     problems += _strangers(names, plan, finished)
     return VerifyReport(
         folder=folder,
-        samples=sum(one.samples for one in shards),
         shards=plan.shards,
         problems=tuple(problems),
         duplicates=len(duplicates),
-        backgrounds_proven=sum(one.proven for one in shards),
-        backgrounds_unproven=sum(one.unproven for one in shards),
-        backgrounds_synthetic=sum(one.synthetic for one in shards),
-        masks_equal=sum(one.masks_equal for one in shards),
-        masks_moved=sum(one.masks_moved for one in shards),
-        masks_unproven=sum(one.masks_unproven for one in shards),
-        normals=sum(one.normals for one in shards),
-        normals_equal=sum(one.normals_equal for one in shards),
-        several=sum(one.several for one in shards),
-        groups=sum(one.groups for one in shards),
-        groups_equal=sum(one.groups_equal for one in shards),
+        **_summed(shards),
     )
+
+
+def _summed(parts: Sequence[Counts]) -> dict[str, int]:
+    return {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(Counts)}
 
 
 def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
@@ -229,12 +219,14 @@ def combined(folder: Path, reports: Sequence[VerifyReport]) -> VerifyReport:
         for place, report in zip(parts_of(folder), reports, strict=True)
         for problem in report.problems
     ]
-    backgrounds, masks = ("proven", "unproven", "synthetic"), ("equal", "moved", "unproven")
-    summed = ("samples", "shards", "duplicates", *(f"backgrounds_{name}" for name in backgrounds))
-    summed += ("groups", "groups_equal", "normals", "normals_equal", "several", *(f"masks_{name}" for name in masks))
-    sums: dict[str, Any] = {name: sum(getattr(report, name) for report in reports) for name in summed}
-    sums["duplicates"] += sum("equals that of" in problem.problem for problem in own)
-    return VerifyReport(folder=folder, problems=(*inside, *own), **sums)
+    return VerifyReport(
+        folder=folder,
+        shards=sum(report.shards for report in reports),
+        problems=(*inside, *own),
+        duplicates=sum(report.duplicates for report in reports)
+        + sum("equals that of" in problem.problem for problem in own),
+        **_summed(reports),
+    )
 
 
 def read_run(folder: Path) -> dict[str, Any]:

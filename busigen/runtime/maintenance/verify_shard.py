@@ -59,29 +59,35 @@ class Problem:
         return f"{self.finding} {printable(self.fix)}"
 
 
+@dataclass(kw_only=True)
+class Counts:
+    """How many samples there are of each kind."""
+
+    samples: int = 0  # that were read
+    backgrounds_synthetic: int = 0  # of these, those with a synthetic background, so that there is nothing to show
+    backgrounds_proven: int = 0  # those that equal their healthy image outside the edit region, bit for bit
+    backgrounds_unproven: int = 0  # those with a healthy image for which that was not shown
+    masks_equal: int = 0  # samples whose mask is the user's, letterboxed and no more
+    masks_moved: int = 0  # those whose mask is the user's, moved, scaled or mirrored as their row says
+    masks_unproven: int = 0  # those with a user's mask for which that was not shown
+    groups: int = 0  # of a grid
+    groups_equal: int = 0  # those whose samples differ in their edit regions alone
+    normals: int = 0  # samples without a lesion
+    normals_equal: int = 0  # those that equal their healthy image in every pixel, bit for bit
+    several: int = 0  # samples with more than one lesion
+
+
 @dataclass
-class ShardFindings:
+class ShardFindings(Counts):
     """What the check of one shard found."""
 
     number: int
     record: ShardRecord | None = None  # None if it is missing or damaged
     rows: pl.DataFrame | None = None  # the table; None if it is missing or damaged
-    samples: int = 0  # that were read
-    synthetic: int = 0  # of these, those with a synthetic background
-    proven: int = 0  # those that equal their healthy image outside the edit region
-    unproven: int = 0  # those with a healthy image for which that was not shown
     started: bool = True  # whether the shard is there at all: a run that was interrupted lacks whole shards
     needed: set[str] = field(default_factory=set)  # sha256 of the healthy images that samples were painted into
     absent: dict[str, dict[str, Any]] = field(default_factory=dict)  # those not at hand, with a first sample's row
-    masks_equal: int = 0  # samples whose mask is the user's, letterboxed
-    masks_moved: int = 0  # those whose mask is the user's, moved as recorded
-    masks_unproven: int = 0  # those with a user's mask for which that was not shown
     absent_masks: dict[str, dict[str, Any]] = field(default_factory=dict)  # as ``absent``
-    groups: int = 0  # of a grid
-    groups_equal: int = 0  # those whose samples differ in their edit regions alone
-    normals: int = 0  # samples without a lesion
-    normals_equal: int = 0  # those that equal their healthy image in every pixel
-    several: int = 0  # samples with more than one lesion
     hashes: list[tuple[str, str]] = field(default_factory=list)  # each image's sha256 with its sample's key
     problems: list[Problem] = field(default_factory=list)
 
@@ -144,7 +150,8 @@ def check_shard(
         for member, row in zip(read_members(folder / tar, indices), found.rows.iter_rows(named=True), strict=True):
             found.samples += 1
             progress.advance(1)
-            if not is_healthy_image(row):
+            # A user's healthy image as it is may be there again, where there are too few.
+            if row["class"] != NORMAL or row.get("healthy_sha256") is None:
                 found.hashes.append((row["image_sha256"], member.key))
             wrong = list(_member_problems(member, row))
             for problem in wrong:
@@ -162,11 +169,6 @@ def check_shard(
     if not _refusals_fit(record, found.rows):
         found.report(json, "lists other refused draws than the shard's rows count.", json)
     return found
-
-
-def is_healthy_image(row: Mapping[str, Any]) -> bool:
-    """Whether a sample is a user's healthy image as it is, which may be there again where there are too few."""
-    return row["class"] == NORMAL and row.get("healthy_sha256") is not None
 
 
 def _refusals_fit(record: ShardRecord, rows: pl.DataFrame) -> bool:
@@ -208,19 +210,19 @@ def _check_background(
     found.normals += row["class"] == NORMAL
     found.several += (row.get("lesions") or 0) > 1
     if (healthy := row.get("healthy_sha256")) is None:
-        found.synthetic += 1
+        found.backgrounds_synthetic += 1
         return
     found.needed.add(healthy)
     if backgrounds is not None and healthy in backgrounds.paths and not damaged:
         masks = member.lesion_masks() or (member.decoded("mask"),)
         if (reason := backgrounds.difference(healthy, member.decoded("image"), masks)) is None:
-            found.proven += 1
+            found.backgrounds_proven += 1
             found.normals_equal += row["class"] == NORMAL
             return
         found.problems.append(Problem(tar, f"sample {member.key}: {reason.problem}", reason.fix))
     elif backgrounds is not None and healthy not in backgrounds.paths:
         found.absent.setdefault(healthy, row)
-    found.unproven += 1
+    found.backgrounds_unproven += 1
 
 
 def _check_mask(

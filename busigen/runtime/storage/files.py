@@ -45,6 +45,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "busigen"
 
 
+def existing(place: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 @contextmanager
 def output_errors(folder: Path) -> Iterator[None]:
     """Turn an ``OSError``, or polars' own, into an ``OutputError`` that names the folder and what helps."""

@@ -16,7 +16,7 @@ import re
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from busigen.errors import OutputError, UsageError
@@ -39,11 +39,9 @@ _SIGNED = re.compile(rb"\0*|%b|[0-9]+|process [0-9]+ on .*" % _TASKS.encode())
 _LOCK_WAIT_SECONDS = 2.0  # of a task, for ``.lock``: one that ends holds it alone for moments, to remove it
 
 
-@contextmanager
-def exclusive(folder: Path, place: Path | Address | None = None) -> Iterator[None]:
+def exclusive(folder: Path, place: Path | Address | None = None) -> AbstractContextManager[None]:
     """Hold the folder for this process until the block ends; see :func:`locked`. ``place`` is its name in errors."""
-    with locked(folder / LOCK_FILE, place or folder):
-        yield
+    return locked(folder / LOCK_FILE, place or folder)
 
 
 @contextmanager

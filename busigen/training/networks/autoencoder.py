@@ -119,8 +119,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Encode and decode ``(B, 1, S, S)`` pixels in [-1, 1]; ``noise`` is standard normal, of the same shape."""
-        decoded: Tensor = self.decoder(self.encoder(pixels), noise)
-        return decoded
+        return self.decoder(self.encoder(pixels), noise)
 
 
 CHANNELS = (16, 32, 64, 128)  # The critic's channels at full resolution and after each halving, down to a latent cell.
@@ -148,8 +147,7 @@ class Critic(nn.Module):
         for halving in self.halvings:
             features = F.leaky_relu(halving(features), SLOPE)
         joint = torch.cat((features, F.leaky_relu(self.told(latents), SLOPE)), dim=1)
-        scores: Tensor = self.last(F.leaky_relu(self.joint(joint), SLOPE))
-        return scores
+        return self.last(F.leaky_relu(self.joint(joint), SLOPE))
 
     def contest(self, generated: Tensor, real: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of decoder and critic: by how much each crop looks more real than the other.

@@ -120,15 +120,11 @@ class Velocity(nn.Module):
 
     def steps(self, name: str, count: int, start: float = 1.0) -> list[SolverStep]:
         """The solver's ``count`` steps for the denoiser of that stage; ``start`` is not for Stable Diffusion."""
-        if self.is_stable_diffusion:
-            own: list[SolverStep] = self.unet.solver_steps(count)
-            return own
-        return solver_steps(name, count, start)
+        return self.unet.solver_steps(count) if self.is_stable_diffusion else solver_steps(name, count, start)
 
     def state(self, x: Tensor, t: Tensor) -> Tensor:
         """Points of the straight path at times ``(B,)``, as the denoiser reads them."""
-        read: Tensor = self.unet.state(x, t) if self.is_stable_diffusion else x
-        return read
+        return self.unet.state(x, t) if self.is_stable_diffusion else x
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, tokens: Tensor, keep: Tensor, *condition: Tensor) -> Tensor:
         """The velocity; ``t`` is ``(B,)`` in [0, 1], ``condition`` adds channels.
@@ -144,8 +140,7 @@ class Velocity(nn.Module):
         """Take one solver step with the denoiser's spread, or Stable Diffusion's with ``fresh`` noise."""
         t, s = (torch.full((1,), time, dtype=x.dtype, device=x.device) for time in (step.t, step.s))
         further = (fresh,) if self.is_stable_diffusion else condition
-        moved: Tensor = self.unet.spectrum(x, velocity, t, s, *further)
-        return moved
+        return self.unet.spectrum(x, velocity, t, s, *further)
 
 
 def window_condition(known: Tensor, mask: Tensor, region: Tensor, scanner: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -234,8 +229,7 @@ class Networks:
     def tokens(self, image: Tensor, keep: Tensor) -> Tensor:
         """Context tokens of images ``(B, 1, 256, 256)``."""
         assert self.context is not None
-        tokens: Tensor = self.context.eval()(image, keep)
-        return tokens
+        return self.context.eval()(image, keep)
 
     def sample(
         self,

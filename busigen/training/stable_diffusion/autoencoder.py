@@ -41,11 +41,3 @@ class TinyDecoder(nn.Module):
     def forward(self, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `GreyDecoder`."""
         return self.decoder(self.scaling * latents).mean(dim=1, keepdim=True)
-
-
-class GreyAutoencoder(nn.Module):
-    """The two halves, as `busigen.training.networks.inference.Networks` takes them."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.encoder, self.decoder = GreyEncoder(vae), GreyDecoder(vae)

@@ -86,26 +86,16 @@ class Settings(Record):
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A Stable Diffusion inpainting model.
+    """A Stable Diffusion inpainting model."""
 
-    Attributes:
-        place: its folder or file.
-        config: folder in diffusers' layout with the configurations and the tokenizer.
-        weights: the file of each of ``unet``, ``vae`` and ``text_encoder``; one and the same of a single file.
-        sha256: of each file of weights, by its path relative to ``place`` (its name, of a single file).
-        licence: as the model's card states it.
-        sizes: numbers that each part has.
-        source: of one that was downloaded, ``NAME/MODEL@COMMIT``.
-    """
-
-    place: Path
-    config: Path
-    weights: Mapping[str, Path]
-    sha256: Mapping[str, str]
-    licence: str
+    place: Path  # Its folder or file.
+    config: Path  # Folder in diffusers' layout with the configurations and the tokenizer.
+    weights: Mapping[str, Path]  # The file of each of ``WEIGHTS``; one and the same of a single file.
+    sha256: Mapping[str, str]  # Of each file of weights, by its path relative to ``place``, or its name.
+    licence: str  # As the model's card states it.
     settings: Settings
-    sizes: Mapping[str, int]
-    source: str | None = None
+    sizes: Mapping[str, int]  # Numbers that each part has.
+    source: str | None = None  # Of one that was downloaded, ``NAME/MODEL@COMMIT``.
 
     @classmethod
     def open(cls, place: Path, config: Path | None = None) -> BaseModel:

@@ -32,16 +32,16 @@ def times_of(alphas: Tensor) -> Tensor:
     return noise / (signal + noise)
 
 
-def ddim_steps(times: Tensor, count: int, *, offset: int = 1) -> list[SolverStep]:
+def ddim_steps(times: Tensor, count: int) -> list[SolverStep]:
     """DDIM's ``count`` steps on the ``times`` of a noise schedule, the last one to its least noise.
 
-    As diffusers' ``timestep_spacing`` has them: "leading" with ``steps_offset``, "trailing" where they are ``FEW``.
+    As diffusers' ``timestep_spacing`` has them: "leading" with an offset of 1, "trailing" where they are ``FEW``.
     """
     known = len(times)
     if count < FEW:
         numbers = [round(known - k * known / count) - 1 for k in range(count)]
     else:
-        numbers = [k * (known // count) + offset for k in reversed(range(count))]
+        numbers = [k * (known // count) + 1 for k in reversed(range(count))]
     found = times.double()[numbers].tolist()
     return [SolverStep(t, s) for t, s in pairwise([*found, float(times[0])])]
 

@@ -36,9 +36,8 @@ _FOLDER = "Name a folder or .safetensors file that is here, or NAME/MODEL@REVISI
 def open_base(text: str, config: Path | None = None) -> BaseModel:
     """The base that a user names: a path, or ``NAME/MODEL@REVISION``, which is downloaded where no such path exists.
 
-    Raises:
-        InputError: it is neither; the hub does not have it or cannot be reached; or as :meth:`BaseModel.open` raises.
-        OutputError: the hub's cache has no room for it.
+    An InputError is that of :meth:`BaseModel.open`, or says that it is neither, that the hub does not have it or cannot
+    be reached; an OutputError, that the hub's cache has no room for it.
     """
     place, found = Path(text), _ID.fullmatch(text)
     if place.exists() or found is None:
@@ -64,7 +63,9 @@ def _fetched(name: str, revision: str) -> Path:
         return _cached(name, revision, error)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     chosen = _chosen(sizes, asked)
-    missing = sum(sizes[file] for file in chosen if not _is_cached(name, file, info.sha))
+    # It is a path where a file is cached, and something else where not.
+    cached = {file for file in chosen if isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)}
+    missing = sum(sizes[file] for file in chosen if file not in cached)
     cache = Path(constants.HF_HUB_CACHE)
     if missing and (free := free_space(cache)) < missing:
         raise OutputError(
@@ -113,10 +114,6 @@ def _chosen(names: Collection[str], asked: str) -> list[str]:
             raise InputError(f"{asked} has no {choices[0]}{kind}.", fix=CONVERT if pickle else _FOLDER)
         chosen.append(weights)
     return chosen
-
-
-def _is_cached(name: str, file: str, revision: str | None) -> bool:
-    return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
 
 
 def _cached(name: str, revision: str, error: Exception) -> Path:

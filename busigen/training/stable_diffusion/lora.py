@@ -66,8 +66,7 @@ class Lora:
     def merge(self, network: nn.Module, part: str = UNET, weight: float = 1.0) -> int:
         """Add this LoRA times ``weight`` to the weights of a UNet or text encoder, and return the number of its layers.
 
-        Raises:
-            InputError: a layer is missing or has another shape, or nothing would change; the network is as it was.
+        An InputError says that a layer is missing or of another shape, or nothing would change; then nothing has.
         """
         found = self.targets(network, part)
         with torch.no_grad():
@@ -118,11 +117,8 @@ def read_lora(
     """Read a LoRA from a ``.safetensors`` file, or a folder that holds one.
 
     Its names are matched with the layers of the UNet ``network`` and of ``text_encoder``; without that, its part is
-    left out. ``alpha`` takes the place of what the file says.
-
-    Raises:
-        InputError: it is a pickle, damaged, no LoRA, of a kind that cannot be merged, or matches no layer.
-        UsageError: the file does not say its alpha, and none is given.
+    left out. ``alpha`` takes the place of what the file says; a UsageError if neither says it. An InputError says that
+    it is a pickle, damaged, no LoRA, of a kind that cannot be merged, or matches no layer.
     """
     file, config = files_of(path)
     try:

@@ -19,7 +19,7 @@ from busigen.foreign import open_file, walk
 from busigen.registry import LATENT_FACTOR, PAINTED_CHANNELS, PAINTING, PAINTING_STEPS, PROMPTS, SHOWN_AT
 from busigen.training.checkpoint import BASE, Painting, load_component
 from busigen.training.networks.inference import ADAPTERS, Networks
-from busigen.training.stable_diffusion.autoencoder import GreyAutoencoder, TinyDecoder
+from busigen.training.stable_diffusion.autoencoder import GreyDecoder, GreyEncoder, TinyDecoder
 from busigen.training.stable_diffusion.base_model import MAX_WEIGHTS_BYTES, BaseModel
 from busigen.training.stable_diffusion.denoiser import StableDiffusionDenoiser
 from busigen.training.stable_diffusion.hub import open_base
@@ -33,21 +33,13 @@ _TRAIN = "Run 'busigen train' to its end, or take the checkpoint that it wrote a
 
 @dataclass(frozen=True)
 class PaintingOptions:
-    """How a checkpoint's Stable Diffusion is to draw.
+    """How a checkpoint's Stable Diffusion is to draw."""
 
-    Attributes:
-        loras: further ones, each with its weight and the name in ``ADAPTERS`` that it is for, empty for all.
-        alpha: of those that do not say theirs.
-        guidance: see `StableDiffusionDenoiser`; None for none.
-        fresh_noise: see `busigen.training.stable_diffusion.denoiser.DdimStep`.
-        decoder: `OWN`, `BASES`, or the folder of a TAESD; None for the first that there is.
-    """
-
-    loras: Sequence[tuple[str, Path, float]] = ()
-    alpha: float | None = None
-    guidance: float | None = None
-    fresh_noise: float = 0.0
-    decoder: str | None = None
+    loras: Sequence[tuple[str, Path, float]] = ()  # Further ones: a name in ``ADAPTERS``, empty for all; file, weight.
+    alpha: float | None = None  # Of those that do not say theirs.
+    guidance: float | None = None  # See `StableDiffusionDenoiser`.
+    fresh_noise: float = 0.0  # See `busigen.training.stable_diffusion.denoiser.DdimStep`.
+    decoder: str | None = None  # `OWN`, `BASES`, or the folder of a TAESD; None for the first that there is.
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be."""
@@ -128,9 +120,10 @@ def with_base(networks: Networks, base: BaseModel, shown_at: int) -> Networks:
 def with_autoencoder(networks: Networks, vae: AutoencoderKL, shown_at: int) -> Networks:
     """`with_base`, of which the autoencoder is all that is needed."""
     mean, std = torch.zeros(4), torch.full((4,), 1.0 / vae.config.scaling_factor)
+    halves = {"encoder": GreyEncoder(vae), "decoder": GreyDecoder(vae)}
     return replace(
         networks,
-        autoencoder=GreyAutoencoder(vae).eval().to(networks.device),
+        autoencoder=nn.ModuleDict(halves).eval().to(networks.device),
         latents_mean=mean.to(networks.device),
         latents_std=std.to(networks.device),
         steps={**networks.steps, **dict.fromkeys(PAINTING, PAINTING_STEPS)},
@@ -144,11 +137,8 @@ def with_painter(
 ) -> Networks:
     """The networks of a checkpoint: `with_base`, and one Stable Diffusion with the LoRAs of all stages and classes.
 
-    ``checkpoint`` is the folder with an adapter of each name in ``ADAPTERS``.
-
-    Raises:
-        InputError: an adapter is missing or damaged, or a LoRA or decoder cannot be used.
-        IntegrityError: ``base`` is not what the checkpoint was trained on.
+    ``checkpoint`` is the folder with an adapter of each name in ``ADAPTERS``. An InputError says what is missing,
+    damaged or of no use, an IntegrityError that ``base`` is not what the checkpoint was trained on.
     """
     base.refuse_other(painted.sha256, "the checkpoint")
     result = with_base(networks, base, painted.shown_at)

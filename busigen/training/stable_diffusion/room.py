@@ -11,6 +11,7 @@ from busigen.errors import CapacityError, OutputError
 from busigen.registry import SHOWN_AT
 from busigen.runtime.backends.memory import available_memory
 from busigen.runtime.execution.estimate import free_space
+from busigen.runtime.storage.files import existing
 from busigen.text import disk_size
 from busigen.training.stable_diffusion.base_model import BaseModel
 
@@ -47,7 +48,7 @@ def require_disk(base: BaseModel, out: Path) -> None:
     numbers = base.sizes["unet"] + base.sizes["vae"]
     scratch = Path(tempfile.gettempdir())
     needed = {scratch: (_COMPUTED + _STORED) * numbers, out: _STORED * numbers}
-    if _disk(scratch) == _disk(out):
+    if existing(scratch).stat().st_dev == existing(out).stat().st_dev:
         needed = {out: sum(needed.values())}
     for place, size in needed.items():
         if (free := free_space(place)) < size:
@@ -55,11 +56,3 @@ def require_disk(base: BaseModel, out: Path) -> None:
                 f"exporting writes some {disk_size(size)} to the disk of {place}, which has {disk_size(free)} free.",
                 fix="Free some space, use another --out, or name another folder for temporary files by TMPDIR.",
             )
-
-
-def _disk(place: Path) -> int:
-    """The number of the disk on which a folder lies, or would."""
-    place = place.absolute()
-    while not place.exists():
-        place = place.parent
-    return place.stat().st_dev
