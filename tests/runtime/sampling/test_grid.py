@@ -88,17 +88,16 @@ def test_a_group_differs_in_its_levels_and_inside_of_its_edit_regions_alone(real
         first = {s.row["healthy_sha256"] for s in samples[:20] if not s.attempt}
         assert len(first) == len({s.row["grid_group"] for s in samples[:20] if not s.attempt}), "images take their turn"
     else:
-        assert len({sample.image[:20].tobytes() for sample in samples}) >= 4, "groups have backgrounds of their own"
+        tops = {sample.image[sample.row["letterbox_top"] :][:20].tobytes() for sample in samples}
+        assert len(tops) >= 4, "groups have backgrounds of their own"
     assert any(sample.attempt for sample in samples), "some group should have been refused as a whole"
 
 
 def test_one_that_is_refused_takes_its_group_along_and_all_are_in_the_record(tmp_path: Path) -> None:
     generate(sampler(), tmp_path / "set", count=24, seed=SEED, shard_size=8)
     records = [json.loads((tmp_path / f"set/shards/{number:06d}.json").read_text()) for number in range(3)]
-    assert {draw["reason"] for record in records for draw in record["rejections"]} >= {
-        "not as asked",
-        "another of its group refused",
-    }
+    reasons = {draw["reason"] for record in records for draw in record["rejections"]}
+    assert "another of its group refused" in reasons and len(reasons) > 1
     counts = pl.read_parquet(tmp_path / "set/manifest.parquet").group_by("grid_group").agg(pl.col("attempt").n_unique())
     assert counts["attempt"].to_list() == [1] * 6
     report = verify(tmp_path / "set")

