@@ -76,8 +76,12 @@ def test_a_dataset_of_own_masks_is_proven_replayed_and_mended_and_workers_change
 
 def test_what_becomes_of_the_masks_is_said(places: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(places["healthy"], tmp_path / "healthy")
-    next((tmp_path / "healthy").glob("*).png")).rename(tmp_path / "healthy/malignant (2).png")
-    places = {**places, "healthy": tmp_path / "healthy"}
+    shutil.copytree(places["masks"], tmp_path / "own")
+    # A healthy image whose name called it malignant would be left out.
+    for path in (tmp_path / "own/malignant").iterdir():
+        path.rename(path.with_name(path.name.replace("malignant", "case")))
+    shutil.copy(places["healthy"] / "normal (2).png", tmp_path / "healthy/case (2).png")
+    places = {**places, "masks": tmp_path / "own", "healthy": tmp_path / "healthy"}
     done = generated(places, tmp_path / "set", "--count", 4, "--shard-size", 4, "--normals", 0.5)
     assert "masks: 1 on the healthy image of their name, 3 on images drawn at random" in done.stderr
     assert "masks: 2 of 4 are not used; a larger --count uses more" in done.stderr

@@ -2,8 +2,8 @@
 
 python benchmarks/studies/gap.py --data prepared/
 
-Lesion images of the training split keep their backgrounds and outlines. *autoencoded* has the edit region encoded with
-its lesion, decoded and pasted back; *repainted* has it painted anew by stages 2 and 3. The audit's classifiers
+Lesion images of the training split keep their backgrounds and outlines. *decoded* has the whole image encoded and
+decoded, *autoencoded* the edit region alone, with its lesion, pasted back; *repainted* has it painted anew by stages 2 and 3. The audit's classifiers
 (``--quick``) and the radiomic judge tell each from the held-out images; *real* is what they make of the same images
 unchanged, and more than 0.5 where the two sides are of different hospitals (``--train-source``, ``--held-out-source``).
 Where the bundle knows an image's scanner, it is told; ``--scanner`` takes images of one alone.
@@ -30,11 +30,11 @@ from busigen.data.prepared import Prepared
 from busigen.evaluation.context import AuditContext, ImageSet
 from busigen.evaluation.reading.sets import from_prepared
 from busigen.evaluation.sections import SECTIONS
-from busigen.registry import LESION_CLASSES, SYNTHETIC
+from busigen.registry import BACKGROUND_SPECKLE, LESION_CLASSES, RESOLUTION, SYNTHETIC
 from busigen.runtime.backends.bundle import Bundle, default_bundle
 from busigen.runtime.backends.onnxruntime import OnnxBackend
 from busigen.runtime.sampling.batching import Draft
-from busigen.runtime.sampling.graphs import cut, to_unit
+from busigen.runtime.sampling.graphs import cut, to_grey, to_unit
 from busigen.runtime.sampling.inputs.healthy_images import Healthy
 from busigen.runtime.sampling.sampler import Sampler
 
@@ -65,6 +65,7 @@ def main() -> None:
     sampler = Sampler(bundle, backend, classes=dict.fromkeys(LESION_CLASSES, 0.5), batch_size=BATCH)
     arms: dict[str, Callable[[Sequence[Draft]], Images]] = {
         "real": lambda drafts: [draft.healthy.pixels for draft in drafts],
+        "decoded": lambda drafts: [reencoded(sampler, draft) for draft in drafts],
         "autoencoded": lambda drafts: autoencoded(sampler, drafts),
         # The sampler's own, because what it does with each stage's answer is to be judged, too.
         "repainted": lambda drafts: sampler.graphs.images(0, drafts),
@@ -126,6 +127,16 @@ def changed(images: ImageSet, arm: Callable[[Sequence[Draft]], Images], scanners
 def _kind(draft: Draft) -> tuple[str, int]:
     assert draft.window is not None
     return draft.label, draft.window.side
+
+
+def reencoded(sampler: Sampler, draft: Draft) -> NDArray[np.uint8]:
+    """The whole image encoded and decoded, with the bars that it had."""
+    pixels, graphs = to_unit(draft.healthy.pixels)[None, None], sampler.graphs
+    noise = np.random.default_rng(draft.index).standard_normal(pixels.shape, dtype=np.float32)
+    latents = graphs.run(f"encoder@{RESOLUTION}", 1, 1, pixels=pixels)
+    shown = {"mask": np.float32(draft.mask)[None, None], "scanner": graphs.told([draft.healthy.row["scanner"]])}
+    decoded = graphs.run(f"decoder@{RESOLUTION}", 1, 1, latents=latents, noise=BACKGROUND_SPECKLE * noise, **shown)
+    return np.where(draft.healthy.valid, to_grey(decoded[0, 0]), draft.healthy.pixels)
 
 
 def autoencoded(sampler: Sampler, drafts: Sequence[Draft]) -> Images:

@@ -115,15 +115,19 @@ def _print_traceback() -> None:
         stderr.print(line)
 
 
-_EXAMPLES = {"integer": "a whole number, such as 100", "float": "a number, such as 0.2"}
+# By what typer's message says, which differs from version to version.
+_EXAMPLES = {
+    "valid integer": "a whole number, such as 100",
+    "valid float": "a number, such as 0.2",
+    "valid number": "a number, such as 0.2",
+}
 
 
 def _usage_error(error: Any, arguments: list[str]) -> UsageError:
     """Turn a usage error of click, which prints a box of several lines, into one line with the value."""
     problem = " ".join(error.format_message().split()).rstrip(".")
-    context, wanted = getattr(error, "ctx", None), getattr(getattr(error, "param", None), "type", None)
-    kind = getattr(wanted, "name", "").partition(" ")[0]  # "integer", and "integer range" where bounds are set
-    example = f"Give {_EXAMPLES[kind]}. " if kind in _EXAMPLES else ""
+    context = getattr(error, "ctx", None)
+    example = next((f"Give {example}. " for said, example in _EXAMPLES.items() if said in problem), "")
     return UsageError(
         f"{problem} (in: {shlex.join(['busigen', *arguments])}).",
         fix=f"{example}See: {context.command_path if context else 'busigen'} --help",

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from polars import selectors
 
 from busigen.errors import UsageError
 from busigen.registry import SHARD_SIZE
 from busigen.runtime.dataset.finalize import dataset_info
 from busigen.runtime.dataset.format import MANIFEST_FILE, RUN_FILE, Plan, SampleBatch, Source, batches_of
-from busigen.runtime.dataset.shards import ShardRecord, schema_of, write_shard
+from busigen.runtime.dataset.shards import ShardRecord, read_columns, schema_of, write_shard
 from busigen.runtime.execution.estimate import ShardJob, require_room
 from busigen.runtime.execution.signals import Stopping
 from busigen.runtime.output.base import LocalOutput, Output
@@ -197,7 +198,7 @@ def generate(
         seconds=time.monotonic() - started,
         already_complete=finished,
         missing=missing,
-        dealt={} if missing else _dealt(output.folder / MANIFEST_FILE),
+        dealt={} if missing else _dealt(output.folder / MANIFEST_FILE, plan.count),
     )
     progress.event(
         "finished",
@@ -214,11 +215,11 @@ def generate(
     return report
 
 
-def _dealt(manifest: Path) -> dict[str, dict[str, int]]:
+def _dealt(manifest: Path, rows: int) -> dict[str, dict[str, int]]:
     """How many samples got each value of what was asked for in shares; nothing where the manifest is not here."""
     if not manifest.is_file():
         return {}
-    table = pl.read_parquet(manifest, columns=[name for name in _DEALT if name in pl.read_parquet_schema(manifest)])
+    table = read_columns(manifest, rows, [selectors.by_name(*_DEALT, require_all=False)], pl.lit(True))
     counts = {one.name: one.drop_nulls().cast(pl.String).value_counts().sort(one.name).rows() for one in table}
     return {name: dict(rows) for name, rows in counts.items() if rows}
 

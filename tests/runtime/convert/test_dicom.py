@@ -45,7 +45,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     del bare.SequenceOfUltrasoundRegions
     save(bare, folder / "scans" / "b.dcm")
     sampler = quick_sampler(QuickEngine(), healthy=HealthyFolder(folder / "scans"))
-    generate(sampler, folder / "set", count=6, seed=3, shard_size=3)
+    generate(sampler, folder / "set", count=9, seed=3, shard_size=3)
     convert(folder / "set", folder / "dicom", to="dicom")
     return folder / "set", folder / "dicom"
 
@@ -97,7 +97,7 @@ def test_identifiers_follow_from_the_sample(plain: Path, merged: Path, converted
 def test_spacing_and_side_are_there_where_the_background_had_them(painted: tuple[Path, Path]) -> None:
     dataset, out = painted
     sides = set()
-    for sample in Dataset.open(dataset).samples(range(6)):
+    for sample in Dataset.open(dataset).samples(range(9)):
         image, segmentation = (pydicom.dcmread(out / kind / f"{sample.index:09}.dcm") for kind in KINDS)
         sides.add(image.get("ImageLaterality"))
         measured = [group.get("PixelMeasuresSequence") for group in segmentation.SharedFunctionalGroupsSequence]

@@ -36,7 +36,6 @@ def test_weights_are_read_however_a_dataset_records_them(text: str, weights: dic
     ("text", "named"),
     [
         ("purple=1", "'purple'"),
-        ("normal=1", "'normal'"),
         ("", "''"),
         ("benign=1,", "''"),
         ("benign,Benign", "'benign' twice"),
@@ -53,6 +52,12 @@ def test_anything_else_is_refused_by_name_and_with_an_example(text: str, named: 
         parse_classes(text)
     assert all(name in caught.value.fix for name in LESION_CLASSES)
     assert "--classes benign=0.7,malignant=0.3" in caught.value.fix
+
+
+def test_normals_are_asked_for_by_an_option_of_their_own() -> None:
+    with pytest.raises(UsageError, match="'normal'") as caught:
+        parse_classes("normal=1")
+    assert "--normals 0.2" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_mix_of_categories_is_dealt_to_within_one_and_recorded_so_that_it_is_d
         ("2:many", "gives '2' the weight 'many'"),
         ("", "'' is no category"),
         ("3,", "'' is no category"),
-        ("2=0.5,3=0.5", "'2=0.5' is no category"),
+        ("2=0.5,3=0.5", "with = where a colon stands"),
     ],
 )
 def test_a_mix_that_cannot_be_dealt_is_refused_with_its_text(text: str, words: str) -> None:
