@@ -3,11 +3,11 @@
 python benchmarks/studies/gap.py --data prepared/
 
 Lesion images of the training split keep their backgrounds and outlines. *decoded* has the whole image encoded and
-decoded, *autoencoded* the edit region alone, with its lesion, pasted back; *repainted* has it painted anew by stages 2 and 3. The audit's classifiers
-(``--quick``) and the radiomic judge tell each from the held-out images; *real* is what they make of the same images
-unchanged, and more than 0.5 where the two sides are of different hospitals (``--train-source``, ``--held-out-source``).
-Where the bundle knows an image's scanner, it is told; ``--scanner`` takes images of one alone.
-Stages and decoder learnt from these images, so held-out ones might fare worse.
+decoded, *autoencoded* the edit region alone, with its lesion, pasted back; *repainted* has it painted anew by stages 2
+and 3. The audit's classifiers (``--quick``) and the radiomic judge tell each from the held-out images; *real* is what
+they make of the same images unchanged, and more than 0.5 where the two sides are of different hospitals
+(``--train-source``, ``--held-out-source``). Where the bundle knows an image's scanner, it is told; ``--scanner`` takes
+images of one alone. Stages and decoder learnt from these images, so held-out ones might fare worse.
 """
 
 from __future__ import annotations
