@@ -20,6 +20,7 @@ from tests.test_cli_slurm import slurm
 EXAMPLES = ROOT / "examples"
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_python_runs(
     synthetic_busi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +41,7 @@ def test_the_cells_of_the_notebook_run(tmp_path: Path) -> None:
     assert said.count("torch.Size([4, 1, 256, 256])") == 2
 
 
+@pytest.mark.slow
 def test_the_unet_trains_and_goes_on(synthetic_prepared: Prepared, tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "train_monai_unet.py", synthetic_prepared.folder, "--batch-size", 4]
     said = _ran(tmp_path, *command, "--steps", 1)

@@ -82,6 +82,7 @@ def test_one_image_repeated_loses_the_variety(real: ImageSet, out: Path) -> None
     assert not precision.flagged
 
 
+@pytest.mark.slow
 def test_shares_of_classes_are_no_difference_but_swapped_classes_are(out: Path) -> None:
     real, images = synthetic_set(100, seed=4), synthetic_set(140, seed=5)
     malignant = np.flatnonzero(images.classes == "malignant")

@@ -22,6 +22,7 @@ from tests.harness import painting
 from tests.harness import stable_diffusion as tiny
 from tests.harness.command import error_line, run
 
+pytestmark = pytest.mark.slow
 EXPORT = ("--draws", 2, "--steps", "lesion=1", "--steps", "blend=2", "--guidance", 2, "--fresh-noise", 0.5)
 
 

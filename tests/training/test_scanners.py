@@ -92,6 +92,7 @@ def test_a_denoiser_of_an_earlier_version_is_read_and_no_scanner_changes_it_yet(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", LOOPS)
 def test_graphs_are_told_the_scanner_as_the_networks_are_row_by_row(loop: str) -> None:
     made = networks(["A", "B"])
@@ -117,6 +118,7 @@ def test_graphs_are_told_the_scanner_as_the_networks_are_row_by_row(loop: str) -
         assert (one[1] - other[1]).abs().max() > 0.01 < (one[1] - one[2]).abs().max() + 1.0
 
 
+@pytest.mark.slow
 def test_without_named_scanners_no_graph_asks_for_one() -> None:
     made = networks([])
     for component in components(made, opset=OPSETS[0], loop="loop", only=("prior", "decoder", "lesion")):

@@ -111,6 +111,7 @@ def test_a_network_that_comes_back_is_waited_for(line: Line, url: str, tmp_path:
     assert contents(url) == hashes(pristine)
 
 
+@pytest.mark.slow
 def test_a_network_that_stays_away_ends_the_run_and_a_rerun_sends_what_the_spool_holds(
     line: Line, url: str, tmp_path: Path, pristine: Path
 ) -> None:
