@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -115,19 +116,14 @@ def _print_traceback() -> None:
         stderr.print(line)
 
 
-# By what typer's message says, which differs from version to version.
-_EXAMPLES = {
-    "valid integer": "a whole number, such as 100",
-    "valid float": "a number, such as 0.2",
-    "valid number": "a number, such as 0.2",
-}
-
-
 def _usage_error(error: Any, arguments: list[str]) -> UsageError:
     """Turn a usage error of click, which prints a box of several lines, into one line with the value."""
     problem = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
-    example = next((f"Give {example}. " for said, example in _EXAMPLES.items() if said in problem), "")
+    # The message alone names the type in every version of typer.
+    kind = re.search(r"valid (integer|float|number)", problem)
+    wanted = "whole number, such as 100" if kind and kind[1] == "integer" else "number, such as 0.2"
+    example = f"Give a {wanted}. " if kind else ""
     return UsageError(
         f"{problem} (in: {shlex.join(['busigen', *arguments])}).",
         fix=f"{example}See: {context.command_path if context else 'busigen'} --help",

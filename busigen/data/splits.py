@@ -59,11 +59,11 @@ def copies_of(
 def _copies(first: NDArray[np.float32], aspects: NDArray[np.float64], second: NDArray[np.float32]) -> _Pairs:
     """Pairs of which the first, moved in any of the ways that are tried, is the second."""
     inner = slice(_MARGIN, _SIDE - _MARGIN)
-    targets = _unit(_structure(second)[:, inner, inner])
+    targets = unit(_structure(second)[:, inner, inner])
     for start in range(0, len(first), _BLOCK_ROWS):
         structure = _structure(first[start : start + _BLOCK_ROWS])
         for moved in _moved(structure, aspects[start : start + _BLOCK_ROWS]):
-            rows, columns = np.nonzero(_unit(moved) @ targets.T > COPY)
+            rows, columns = np.nonzero(unit(moved) @ targets.T > COPY)
             yield rows + start, columns
 
 
@@ -107,7 +107,7 @@ def _sampled(structure: _Structure, aspects: NDArray[np.float64], turn: float, s
     return np.asarray(upper * (1 - down) + lower * down)
 
 
-def _unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
+def unit(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of zero mean and unit length, so that their products are correlations; a flat image correlates with none."""
     rows: NDArray[np.float32] = images.reshape(len(images), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
@@ -172,7 +172,7 @@ def _alike(thumbnails: NDArray[np.float32], threshold: float, aspects: Sequence[
     ratios = np.ones(len(thumbnails)) if aspects is None else np.asarray(aspects, dtype=np.float64)
     if len(ratios) != len(thumbnails):
         raise ValueError(f"{len(thumbnails)} thumbnails but {len(ratios)} aspects")
-    scores = _unit(thumbnails)
+    scores = unit(thumbnails)
     for start in range(0, len(scores), _BLOCK_ROWS):
         rows, columns = np.nonzero(scores[start : start + _BLOCK_ROWS] @ scores[start:].T > threshold)
         later = columns > rows

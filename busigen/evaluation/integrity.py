@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage, stats
 
 from busigen.data.overlays import find_overlays
-from busigen.data.splits import NEAR_DUPLICATE
+from busigen.data.splits import NEAR_DUPLICATE, unit
 from busigen.evaluation import grids
 from busigen.evaluation.context import AuditContext, Better, Figure, ImageSet, Interval, Picture, SectionResult
-from busigen.evaluation.reading.sets import correlations, thumbnails
+from busigen.evaluation.reading.sets import thumbnails
 from busigen.evaluation.statistics import grouped
 from busigen.evaluation.statistics.grouped import ALPHA, FEWEST_TO_FLAG, Comparison, Groups
 from busigen.files import atomic_file
@@ -369,7 +369,7 @@ def find_duplicates(images: ImageSet) -> tuple[Facts, NDArray[np.int64]]:
         block = rows[start : start + _BLOCK, None]
         before = rows[: start + _BLOCK]
         other = (before < block) & (background[before] != background[block])
-        alike = np.where(other, correlations(small[block[:, 0]], small[before]), -1.0)
+        alike = np.where(other, unit(small[block[:, 0]]) @ unit(small[before]).T, -1.0)
         best = alike.argmax(axis=1)
         twin[block[:, 0]] = np.where(alike.max(axis=1) > NEAR_DUPLICATE, best, -1)
     marked = np.asarray(images.masks.any(axis=(1, 2)))

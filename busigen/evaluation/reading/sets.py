@@ -21,7 +21,7 @@ from busigen.data.letterbox import Letterbox, letterbox, letterbox_coverage, let
 from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.prepared import INFO, Prepared, unfinished
 from busigen.data.sources.records import Refusal, counted
-from busigen.data.splits import NEAR_DUPLICATE, copies_of, near_duplicate_groups, thumbnail
+from busigen.data.splits import NEAR_DUPLICATE, copies_of, near_duplicate_groups, thumbnail, unit
 from busigen.errors import BusigenError, InputError
 from busigen.evaluation.context import Backgrounds, ImageSet, fingerprint
 from busigen.evaluation.reading.listing import GRID, GROUP, LEVEL, NAME_LIMIT, Item, list_set
@@ -433,7 +433,7 @@ def split_by_training(real: ImageSet, prepared: Prepared) -> TrainingSplit:
         aspects, others = ((part.table["width"] / part.table["height"]).to_numpy() for part in (unknown, train))
         like[stranger] |= copies_of(small, aspects, other, others)
         if len(train):
-            like[stranger] |= correlations(small, other).max(axis=1) > NEAR_DUPLICATE
+            like[stranger] |= (unit(small) @ unit(other).T).max(axis=1) > NEAR_DUPLICATE
     related = like | (stranger & np.isin(real.groups, np.unique(real.groups[like])))
     # Images that the prepared folder excluded link its splits: they prove nothing on either side.
     held_out = real.take(~related & ~np.isin(splits, ["train", "excluded"]))
@@ -447,14 +447,3 @@ def thumbnails(images: ImageSet) -> NDArray[np.float32]:
         if valid.any():
             small[row] = thumbnail(np.ascontiguousarray(image[around(valid, 0)]))
     return small
-
-
-def correlations(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Correlation of every thumbnail with every other, ``float32 (N, M)``; a flat one correlates with none."""
-
-    def scores(small: NDArray[np.float32]) -> NDArray[np.float32]:
-        flat = small.reshape(len(small), -1) - small.mean(axis=(1, 2))[:, None]
-        length = np.linalg.norm(flat, axis=1, keepdims=True)
-        return np.asarray(flat / np.where(length > 1e-3, length, np.inf), dtype=np.float32)
-
-    return np.asarray(scores(first) @ scores(second).T)

@@ -130,7 +130,9 @@ def draw(provider: Provider) -> str:
     from busigen.runtime.progress import Progress
 
     count = len(LESION_CLASSES)
-    options = GenerateOptions(out=Path(), classes=",".join(LESION_CLASSES), batch_size=count, provider=provider.name)
+    options = GenerateOptions(
+        out=Path(), count=count, classes=",".join(LESION_CLASSES), batch_size=count, provider=provider.name
+    )
     started = time.perf_counter()
     generated = options.source(Progress()).draw(0, range(count), lambda number: None)
     return f"{counted(len(generated.samples), 'sample')} drawn in {time.perf_counter() - started:.1f} s"

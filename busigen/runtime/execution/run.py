@@ -262,8 +262,6 @@ class GenerateOptions(SourceOptions):
 
         processes = (self.workers or 1) if self.ray_address is None else 1
         sampler = self._source(progress, refuse, self.out if isinstance(self.out, Path) else None, processes)
-        if not plan and not sampler.plan.masks:
-            return sampler
         count = planned(self.count, self.index_range, None, seed=self.seed, shard_size=self.shard_size)[0].count
         lesions = int(count * (1 - Fraction(str(self.normals))))
         if sampler.plan.masks:
