@@ -277,6 +277,35 @@ def test_one_pair_large(opened: Callable[[str], Shown], plain: Path) -> None:
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
+def test_a_pair_whose_data_come_while_it_is_closed_leaves_the_focus_at_its_tile(
+    context: BrowserContext, plain_url: str
+) -> None:
+    page = context.new_page()
+    page.goto(f"{plain_url}#sort=index&down=1&pair=000000010")
+    expect(page.locator("#row tr").first).to_be_visible()
+    # The next pair's data are held, and come between the click that closes it and the page's next turn.
+    page.evaluate(
+        """() => {
+            const held = new Promise((resolve) => { window.release = resolve; });
+            const answer = fetch("pair/000000009/pair.json?sort=index&down=1");
+            window.ready = answer.then((got) => got.json());
+            window.fetch = async () => { await held; return { ok: true, json: () => window.ready }; };
+        }"""
+    )
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("dialog", name="000000009")).to_be_visible()
+    page.evaluate(
+        """async () => {
+            await window.ready;
+            document.getElementById("close").click();
+            window.release();
+        }"""
+    )
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator("#grid a").nth(4)).to_be_focused()
+    page.close()
+
+
 def test_lesions_of_a_pair_with_several_are_told_one_by_one_and_an_empty_mask_is_said_to_be_one(
     context: BrowserContext, tmp_path: Path
 ) -> None:

@@ -442,7 +442,8 @@
     }
     $("grid").ariaBusy = "false";
     await showPair();
-    if (!state.pair && focused && drawn === gridAddress()) focusTile();
+    // Below an open dialog nothing takes the focus: it waits for the turn that closes it.
+    if (!$("pair").open && focused && drawn === gridAddress()) focusTile();
   }
 
   $("column").addEventListener("change", offerValues);
