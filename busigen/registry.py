@@ -156,6 +156,7 @@ SOLVER_SHIFT = {"mask": 1.5, "lesion": 1.5, "blend": 1.5, "prior": 3.0}
 # Deviation of the decoder's noise in use, and a further factor for synthetic backgrounds. It is trained with 1 on real
 # images' latents; generated ones vary more between cells and would come out too grainy (docs/studies/figures.md).
 SPECKLE_GAIN, BACKGROUND_SPECKLE = 0.94, 0.95
+GRAIN_FADE = 8.0  # Pixels from an edit region's rim over which pasted speckle fades in (docs/studies/scanners.md).
 OPSETS = (20, 23)  # ONNX opsets that export can write, the default first (docs/export.md).
 
 

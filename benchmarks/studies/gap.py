@@ -151,7 +151,7 @@ def autoencoded(sampler: Sampler, drafts: Sequence[Draft]) -> Images:
     shown = {"mask": cut(masks, windows), "scanner": graphs.told(draft.healthy.row["scanner"] for draft in drafts)}
     decoded = graphs.run(f"decoder@{side}", BATCH, count, latents=latents, noise=noise, **shown)
     return [
-        paste(draft.healthy.pixels, new[0], draft.edit, window)
+        paste(draft.healthy.pixels, new[0], draft.edit, window, graphs.bundle.grain_fade)
         for draft, new, window in zip(drafts, decoded, windows, strict=True)
         if draft.edit is not None
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,15 +97,23 @@ def ring_region(edit: Mask) -> Mask:
     return edit & (_depth(edit) <= RING_WIDTH)
 
 
-def feather(edit: Mask, window: Window | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def feather(
+    edit: Mask, window: Window | None = None, grain_fade: float = 0.0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Opacity of the pasted brightness and speckle, float32 from 0 outside the region to 1 inside, in a window or all.
 
-    Speckle fades within a grain, because two patterns half and half have half the variance of either.
+    Two patterns half and half have half the variance of either: speckle fades within a grain, or, over ``grain_fade``
+    pixels from the rim, with the roots of weights that add up to 1 (`paste`).
     """
     depth = _depth(edit) if window is None else _depth(edit)[window.slices]
-    middle = (FEATHER_WIDTH - GRAIN_WIDTH) / 2.0
-    brightness, grains = depth / FEATHER_WIDTH, (depth - middle) / GRAIN_WIDTH
-    return np.clip(brightness, 0.0, 1.0).astype(np.float32), np.clip(grains, 0.0, 1.0).astype(np.float32)
+    brightness = np.clip(depth / FEATHER_WIDTH, 0.0, 1.0)
+    if grain_fade:
+        share = np.clip(depth / grain_fade, 0.0, 1.0)
+        # Next to a squared sine, but of operations that round alike on every processor.
+        grains = np.sqrt(share * share * (3.0 - 2.0 * share))
+    else:
+        grains = np.clip((depth - (FEATHER_WIDTH - GRAIN_WIDTH) / 2.0) / GRAIN_WIDTH, 0.0, 1.0)
+    return brightness.astype(np.float32), grains.astype(np.float32)
 
 
 def _depth(edit: Mask) -> NDArray[np.float64]:
@@ -140,22 +148,36 @@ def patches_outside(edit: Mask, patch: int) -> Mask:
     return np.asarray(~tiles.any(axis=(1, 3)).ravel())
 
 
-def paste(image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window) -> NDArray[np.uint8]:
+def paste(
+    image: NDArray[np.uint8],
+    painted: NDArray[np.float32],
+    edit: Mask,
+    window: Window,
+    grain_fade: float = 0.0,
+) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
     ``painted`` are the window's new pixels, ``(side, side)`` in [-1, 1]. Brightness and speckle fade in by `feather`
-    (two bands of Burt and Adelson 1983, A multiresolution spline with application to image mosaics).
+    (two bands of Burt and Adelson 1983, A multiresolution spline with application to image mosaics). With a
+    ``grain_fade`` the squares of the new and the old speckle's weights add up to 1, so that its variance is kept.
     """
     result = image.copy()
     old = image[window.slices].astype(np.float32)
     new = np.clip((painted + 1.0) * 127.5, 0.0, 255.0)
     change = new - old
     brightness = ndimage.gaussian_filter(change, GRAIN_SCALE, mode="nearest")
-    opacity, opacity_of_grains = feather(edit, window)
-    mixed = old + opacity * brightness + opacity_of_grains * (change - brightness)
+    opacity, grains = feather(edit, window, grain_fade)
+    mixed = old + opacity * brightness + grains * (change - brightness)
+    if grain_fade:
+        mixed += overlap(grains) * (old - ndimage.gaussian_filter(old, GRAIN_SCALE, mode="nearest"))
     mixed = np.clip(np.rint(mixed), 0.0, 255.0)
     result[window.slices] = np.where(opacity > 0, mixed, old).astype(np.uint8)
     return result
+
+
+def overlap(grains: Any) -> Any:
+    """What new speckle's weights, ``grains``, and the old one's add up to above 1, where their squares add up to 1."""
+    return (1.0 - grains * grains) ** 0.5 + grains - 1.0
 
 
 def lowest(values: NDArray[np.uint8], before: int, after: int, *, axis: int) -> NDArray[np.uint8]:

@@ -25,7 +25,7 @@ from busigen.files import atomic_file
 from busigen.foreign import open_file
 from busigen.noise_styles import styled
 from busigen.phantoms.distribution import Phantoms, filled
-from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, LATENT_FACTOR, RESOLUTION
+from busigen.registry import BACKGROUND_SPECKLE, BUCKETS, CLASSES, GRAIN_FADE, LATENT_FACTOR, RESOLUTION
 from busigen.runtime.sampling.graphs import to_grey
 from busigen.runtime.sampling.inputs.backgrounds import phantom_at
 from busigen.runtime.sampling.inputs.healthy_images import place_of, synthetic
@@ -81,7 +81,7 @@ def repaint(
             items = [(images[k], edits[k], masks[k], window, scanners[k]) for k, window in chosen]
             painted = _repainted(items, networks, label, steps, generator)
             for (k, window), pixels in zip(chosen, painted, strict=True):
-                results[k] = paste(images[k], pixels, edits[k], window)
+                results[k] = paste(images[k], pixels, edits[k], window, GRAIN_FADE)
     return results
 
 
@@ -248,7 +248,7 @@ def rollout_windows(
 
 def _arrays(frame: Frame, mask: Mask, edit: Mask, patch: int) -> dict[str, Tensor]:
     window = window_for(edit)
-    cut, (brightness, grains) = window.slices, feather(edit, window)
+    cut, (brightness, grains) = window.slices, feather(edit, window, GRAIN_FADE)
     distance = ndimage.distance_transform_edt(~mask) + ndimage.distance_transform_edt(mask)
     margin = edit & (distance <= BAND)
     zones = np.stack([mask & ~margin, margin, edit & ~mask & ~margin])

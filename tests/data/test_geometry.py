@@ -26,7 +26,7 @@ from busigen.data.geometry import (
     window_for,
 )
 from busigen.data.letterbox import fit
-from busigen.registry import BUCKET_CONTEXT, BUCKETS, RESOLUTION
+from busigen.registry import BUCKET_CONTEXT, BUCKETS, GRAIN_FADE, RESOLUTION
 
 ROWS, COLUMNS = np.mgrid[0:RESOLUTION, 0:RESOLUTION]
 EVERYWHERE = np.ones((RESOLUTION, RESOLUTION), dtype=bool)
@@ -139,10 +139,10 @@ def test_ring_leaves_the_middle_of_a_large_lesion_alone() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(mask=ellipses(), valid=frames())
-def test_feather_is_zero_outside_and_rises_inwards(mask: Mask, valid: Mask) -> None:
+@given(mask=ellipses(), valid=frames(), grain_fade=st.sampled_from((0.0, GRAIN_FADE)))
+def test_feather_is_zero_outside_and_rises_inwards(mask: Mask, valid: Mask, grain_fade: float) -> None:
     edit = edit_region(mask & valid, valid)
-    brightness, grains = feather(edit)
+    brightness, grains = feather(edit, grain_fade=grain_fade)
     for opacity in (brightness, grains):
         assert opacity.dtype == np.float32
         assert (opacity[~edit] == 0).all(), "exactly: a rounding error here would touch the patient's own pixels"
@@ -211,8 +211,8 @@ def test_patches_outside_see_nothing_of_the_edit_region() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(mask=ellipses(), valid=frames(), seed=st.integers(0, 99))
-def test_paste_touches_nothing_outside_the_edit_region(mask: Mask, valid: Mask, seed: int) -> None:
+@given(mask=ellipses(), valid=frames(), seed=st.integers(0, 99), grain_fade=st.sampled_from((0.0, GRAIN_FADE)))
+def test_paste_touches_nothing_outside_the_edit_region(mask: Mask, valid: Mask, seed: int, grain_fade: float) -> None:
     edit = edit_region(mask & valid, valid)
     if not edit.any():
         return
@@ -222,7 +222,7 @@ def test_paste_touches_nothing_outside_the_edit_region(mask: Mask, valid: Mask, 
     window = window_for(edit)
     # Beyond [-1, 1] as well: a network's output is not bounded by anything.
     painted = rng.normal(0, 2, (window.side, window.side)).astype(np.float32)
-    result = paste(image, painted, edit, window)
+    result = paste(image, painted, edit, window, grain_fade)
     assert result.dtype == np.uint8
     assert np.array_equal(image, before), "the healthy image itself must not change"
     assert np.array_equal(result[~edit], image[~edit])
@@ -255,6 +255,22 @@ def test_paste_leaves_no_smooth_line_where_two_speckle_patterns_meet() -> None:
     # Some 250 pixels per line know theirs to 5 %.
     assert min(spread) > 0.75 * 20
     assert sorted(spread)[1] > 0.9 * 20, "one line at most lies within the fade of the speckle"
+
+
+def test_a_fade_of_the_speckle_keeps_its_contrast_in_every_line_of_the_rim() -> None:
+    rng = np.random.default_rng(5)
+    edit = edit_region(ellipse(128, 128, 40, 40), EVERYWHERE)
+    window, depth = window_for(edit), distance_to(~edit)
+    image = np.clip(rng.normal(128, 20, edit.shape), 0, 255).astype(np.uint8)
+    painted = rng.normal(0, 20 / 127.5, (window.side, window.side)).astype(np.float32)
+    result = paste(image, painted, edit, window, GRAIN_FADE).astype(float)
+    lines = [edit & (depth > k) & (depth <= k + 1) for k in range(int(GRAIN_FADE) + 2)]
+    # Some 250 pixels per line know their deviation to 5 %.
+    assert all(0.9 * 20 < result[line].std() < 1.1 * 20 for line in lines)
+    # What was there shows less and less from the rim inwards, and nothing of it behind the fade.
+    shares = [np.corrcoef(result[line], image[line])[0, 1] for line in lines]
+    assert shares[0] > 0.9 and shares[3] > 0.5 and abs(shares[-1]) < 0.2
+    assert np.array_equal(result[depth >= GRAIN_FADE], paste(image, painted, edit, window)[depth >= GRAIN_FADE])
 
 
 def test_windows_cut_squares() -> None:

@@ -261,7 +261,8 @@ def _bundle(folder: Path) -> None:
         np.zeros(bundle.fresh(name)), bundle.call_side(name), bundle.inputs(name), bundle.constants(name)
     for side in bundle.windows:
         np.zeros(bundle.latent_shape(side))
-    np.zeros(bundle.background_shape), np.zeros(bundle.code_length), bundle.patch + 1, bundle.background_speckle + 1
+    np.zeros(bundle.background_shape), np.zeros(bundle.code_length), bundle.patch + 1
+    assert bundle.background_speckle + 1 and bundle.grain_fade + 1
     assert all(height + width for height, width in bundle.frames())
     for part in (bundle.styles, bundle.transfer and bundle.transfer.factor):
         assert part is None or np.isfinite(part).all()

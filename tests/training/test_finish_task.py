@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from busigen.data.geometry import edit_region, feather, paste, window_for
 from busigen.data.prepared import Prepared
-from busigen.registry import LESION_CLASSES, PRESETS, STAGES
+from busigen.registry import GRAIN_FADE, LESION_CLASSES, PRESETS, STAGES
 from busigen.training.checkpoint import load_component
 from busigen.training.examples import Frames, select
 from busigen.training.networks.build import build
@@ -104,12 +104,12 @@ def test_pasting_with_a_gradient_is_the_runtimes_paste() -> None:
     edit = edit_region(mask, np.ones_like(mask))
     window = window_for(edit)
     painted = rng.uniform(-0.9, 0.9, (window.side, window.side)).astype(np.float32)
-    wanted = paste(image, painted, edit, window)[window.slices]
+    wanted = paste(image, painted, edit, window, GRAIN_FADE)[window.slices]
 
     def batch(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
 
-    opacities = (batch(part[window.slices]) for part in feather(edit))
+    opacities = (batch(part[window.slices]) for part in feather(edit, grain_fade=GRAIN_FADE))
     found = pasted_into(batch(image[window.slices] / 127.5 - 1.0), batch(painted), *opacities)
     grey = ((found[0, 0] + 1.0) * 127.5).clamp(0.0, 255.0).round().numpy()
     # Sums in another order may round the other way.

@@ -231,6 +231,11 @@ class Bundle:
         """Deviation of the noise that synthetic backgrounds are decoded with; 1 in bundles that do not say."""
         return float(self.info.get("background_speckle", 1.0))
 
+    @property
+    def grain_fade(self) -> float:
+        """Pixels from an edit region's rim over which pasted speckle fades in; 0, within a grain, if it is not said."""
+        return float(self.info.get("grain_fade", 0.0))
+
 
 def _check_file(path: Path, expected: str, limit: int) -> None:
     try:

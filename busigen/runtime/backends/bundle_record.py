@@ -199,6 +199,7 @@ class BundleRecord(ImagesRecord):
     patch: Annotated[int, Strict(), Field(ge=1, le=RESOLUTION)]
     outlines: Annotated[int, Strict(), Field(ge=1, le=MAX_OUTLINES)] = 1
     background_speckle: Annotated[Number, Field(ge=0, le=LARGEST_SPECKLE)] = 1.0
+    grain_fade: Annotated[Number, Field(ge=0, le=RESOLUTION)] = 0.0
     preset: Text | None = None
     precision: Text = ""
     split_hash: Text | None = None

@@ -118,7 +118,7 @@ class Graphs:
             f"decoder@{side}", full, count, latents=blended, noise=speckle, mask=mask, scanner=common["scanner"]
         )
         return [
-            paste(draft.canvas, new[0], edit, window)
+            paste(draft.canvas, new[0], edit, window, self.bundle.grain_fade)
             for draft, new, edit, window in zip(batch, pixels, edits, windows, strict=True)
         ]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from busigen.data.geometry import GRAIN_SCALE, Mask, around
+from busigen.data.geometry import GRAIN_SCALE, Mask, around, overlap
 from busigen.mtf import KNOTS, LARGEST_GAIN, Transfer, detail, passed
 from busigen.noise_styles import Floats, bounded, fitted
 from busigen.registry import BACKGROUND_SPECKLE, LATENT_FACTOR, MASK_CHANNELS, RESOLUTION, SCANNERS, SPECKLE_GAIN
@@ -388,7 +388,7 @@ def _part_of(latents: Tensor, frame: Tensor, rng: np.random.Generator) -> tuple[
 
 
 def pasted_into(image: Tensor, painted: Tensor, brightness: Tensor, grains: Tensor) -> Tensor:
-    """:func:`busigen.data.geometry.paste` with a gradient; all ``(B, 1, S, S)``, the last two its opacities."""
+    """:func:`busigen.data.geometry.paste` with a fade and a gradient; all ``(B, 1, S, S)``, the last two opacities."""
     with torch.autocast(image.device.type, enabled=False):
         change = painted - image
         # A Gaussian, cut off as that of scipy.ndimage.
@@ -396,6 +396,6 @@ def pasted_into(image: Tensor, painted: Tensor, brightness: Tensor, grains: Tens
         offsets = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
         kernel = torch.exp(-0.5 * (offsets / GRAIN_SCALE) ** 2)
         kernel = (kernel / kernel.sum()).to(change)
-        padded = F.pad(change, (radius,) * 4, mode="replicate")
-        smooth = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-        return image + brightness * smooth + grains * (change - smooth)
+        both = F.pad(torch.cat((change, image)), (radius,) * 4, mode="replicate")
+        smooth, old = F.conv2d(F.conv2d(both, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).chunk(2)
+        return image + brightness * smooth + grains * (change - smooth) + overlap(grains) * (image - old)

@@ -195,6 +195,8 @@ def test_another_schema_is_refused(bundle: Path, change: Callable[[Info], object
         lambda info: info.update(background_speckle=-0.1),
         lambda info: info.update(background_speckle=float("nan")),
         lambda info: info.update(background_speckle="1"),
+        lambda info: info.update(grain_fade=-1.0),
+        lambda info: info.update(grain_fade=1e9),
     ],
 )
 def test_incomplete_records_are_refused(bundle: Path, change: Callable[[Info], object]) -> None:
