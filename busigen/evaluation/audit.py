@@ -19,7 +19,7 @@ from busigen.data.sources.frames import refuse_frames
 from busigen.errors import BusigenError, InputError, OutputError, UsageError
 from busigen.evaluation.context import AuditContext, Effort, SectionResult, jsonable, load, section_folder, store
 from busigen.evaluation.physics.features import CACHE, is_cache
-from busigen.evaluation.reading.sets import read_inputs
+from busigen.evaluation.reading.inputs import read_inputs
 from busigen.evaluation.reading.within import Within
 from busigen.evaluation.report.page import CONTACT_SHEET, contact_sheet, write_html
 from busigen.evaluation.report.text import sentence

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from busigen.data.prepared import Prepared
-from busigen.evaluation.reading.sets import read_set, split_by_training
+from busigen.evaluation.reading.inputs import split_by_training
+from busigen.evaluation.reading.sets import read_set
 from tests.harness.synthetic_datasets import draw_pairs
 
 

@@ -20,7 +20,8 @@ from busigen.data.images import read_image
 from busigen.data.letterbox import letterbox
 from busigen.evaluation.context import AuditContext, ImageSet, SectionResult
 from busigen.evaluation.integrity import edge_fit, run
-from busigen.evaluation.reading.sets import draw, from_prepared, read_set
+from busigen.evaluation.reading.inputs import draw
+from busigen.evaluation.reading.sets import from_prepared, read_set
 from busigen.evaluation.statistics.grouped import ALPHA
 from busigen.runtime.execution.factory import generate
 from busigen.runtime.sampling.inputs.healthy_images import HealthyFolder
