@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from busigen.data.geometry import grow
+from busigen.data.letterbox import without_bars
+from busigen.data.overlays import find_overlays, suspect_mask
 
 TILE = 32  # Side in pixels of the pieces that are filled one by one, each with texture from one place.
 RING = 3  # Pixels around a piece that decide which place looks most like it.
@@ -24,6 +28,31 @@ _OFFSETS = tuple(
 
 _MARGIN = max(max(abs(down), abs(right)) for down, right in _OFFSETS)
 _FAR = 1e9
+
+
+class Cleaned(NamedTuple):
+    """An image's overlays: a line of text, two calipers, and ``(H, W)`` what shows them, may, and what was beneath."""
+
+    text: bool
+    calipers: bool
+    painted: NDArray[np.bool_]
+    suspects: NDArray[np.bool_]
+    clean: NDArray[np.uint8]
+
+
+def cleaned(pixels: NDArray[np.uint8], coloured: NDArray[np.bool_] | None = None) -> Cleaned:
+    """Look for overlays in native grey levels ``uint8 (H, W)`` and paint over them; ``coloured`` pixels are some."""
+    # At a letterbox bar, tissue ends in an upright crisp line, as a stroke of a pen does.
+    inside = without_bars(pixels)
+    part, clean = np.ascontiguousarray(pixels[inside]), pixels.copy()
+    known = None if coloured is None else np.ascontiguousarray(coloured[inside])
+    found = find_overlays(part)
+    painted = np.zeros(pixels.shape, dtype=np.bool_) if coloured is None else coloured.copy()
+    suspects = painted.copy()
+    painted[inside] |= found.mask
+    suspects[inside] |= suspect_mask(part, known, found.mask)
+    clean[inside] = without_overlays(part, suspects[inside])
+    return Cleaned(found.text, found.calipers, painted, suspects, clean)
 
 
 def without_overlays(pixels: NDArray[np.uint8], suspect: NDArray[np.bool_]) -> NDArray[np.uint8]:

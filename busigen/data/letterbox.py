@@ -10,6 +10,7 @@ from PIL import Image
 
 from busigen.registry import RESOLUTION
 
+BAR_LEVEL, BAR_WIDTH = 6, 3  # Greatest grey level in a bar, and its least width: less may be an image's own dark rim.
 HALF = np.float32(0.5 - 1e-5)  # Coverage from which a working pixel is lesion; exactly half counts despite rounding.
 
 
@@ -63,6 +64,19 @@ def letterbox(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], Letterbox]:
     frame = np.zeros((RESOLUTION, RESOLUTION), dtype=np.uint8)
     frame[box.slices] = np.asarray(Image.fromarray(pixels).resize((box.width, box.height), Image.Resampling.HAMMING))
     return frame, box
+
+
+def without_bars(pixels: NDArray[np.uint8]) -> tuple[slice, slice]:
+    """Rows and columns of a picture, ``uint8 (H, W)``, that are image: not the bars that a square one brought along."""
+    whole = [slice(0, side) for side in pixels.shape]
+    for axis in (0, 1) if pixels.shape[0] == pixels.shape[1] else ():
+        bright = np.flatnonzero(pixels.max(axis=1 - axis) > BAR_LEVEL)
+        before, after = (int(bright[0]), len(pixels) - 1 - int(bright[-1])) if bright.size else (0, 0)
+        # A letterbox is centred, a dark rim need not be.
+        if min(before, after) >= BAR_WIDTH and abs(before - after) <= 1:
+            whole[axis] = slice(before, len(pixels) - after)
+            break
+    return whole[0], whole[1]
 
 
 def letterbox_coverage(mask: NDArray[np.bool_], box: Letterbox) -> NDArray[np.float32]:

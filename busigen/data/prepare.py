@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from busigen import __version__
 from busigen.data import prepared as schema
 from busigen.data.images import MARK_SHARE, read_image, refuse_fault, scan_row
-from busigen.data.inpainting import without_overlays
+from busigen.data.inpainting import cleaned
 from busigen.data.letterbox import letterbox, letterbox_coverage
 from busigen.data.masks import label_lesions, read_lesions
-from busigen.data.overlays import find_overlays, suspect_mask
 from busigen.data.prepared import Prepared
 from busigen.data.sources.frames import Looked, refuse_frames
 from busigen.data.sources.read import read_source
@@ -163,15 +162,13 @@ def read_sample(record: Record, values: Collection[int] = ()) -> Sample:
             f"{record.image.name}: its lesion is smaller than one pixel of the working frame.",
             fix="Crop the image around the breast tissue or correct the mask.",
         )
-    overlays = find_overlays(file.pixels)
-    painted = overlays.mask if file.coloured is None else overlays.mask | file.coloured
-    suspects = suspect_mask(file.pixels, file.coloured, overlays.mask)
+    overlays = cleaned(file.pixels, file.coloured)
     arrays = {
         "images": image,
         "masks": labels,
-        "overlays": letterbox_coverage(painted, box) > 0,
-        "clean": letterbox(without_overlays(file.pixels, suspects))[0],
-        "suspects": letterbox_coverage(suspects, box) > 0,
+        "overlays": letterbox_coverage(overlays.painted, box) > 0,
+        "clean": letterbox(overlays.clean)[0],
+        "suspects": letterbox_coverage(overlays.suspects, box) > 0,
     }
     row = {
         "id": record.id,

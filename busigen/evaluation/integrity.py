@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage, stats
 
+from busigen.data.geometry import around
 from busigen.data.overlays import find_overlays
 from busigen.data.splits import NEAR_DUPLICATE, unit
 from busigen.evaluation import grids
@@ -274,7 +275,7 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
         if label == "normal":
             row["contradiction"] = float(marked)
         if valid.any():
-            grey, overlays = image[valid], find_overlays(image)
+            grey, overlays = image[valid], find_overlays(np.ascontiguousarray(image[around(valid, 0)]))
             low, high = np.percentile(grey, [1, 99])
             row |= {
                 "aspect": float(valid.any(axis=0).sum() / valid.any(axis=1).sum()),

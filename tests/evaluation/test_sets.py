@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from busigen.data.letterbox import letterbox
 from busigen.data.prepare import prepare
 from busigen.data.prepared import Prepared
 from busigen.errors import InputError, UsageError
@@ -311,6 +312,26 @@ def test_cls_gives_the_class(tmp_path: Path, described: bytes, label: str, said:
     found = read_set(write_tar(tmp_path / "a.tar", {"a.png": picture, "a.mask.png": mask, "a.cls": described}))
     assert found.classes.tolist() == [label]
     assert said in "".join(found.notes) if said else found.notes == ()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [(256, 190), (190, 256)])
+def test_where_tissue_ends_at_a_bar_that_a_file_brought_along_nothing_is_painted_over(
+    tmp_path: Path, size: tuple[int, int], seed: int
+) -> None:
+    frame = draw_frame(np.random.default_rng(seed), size, "benign")
+    for name, fit in (("bare", np.array), ("barred", lambda pixels: letterbox(pixels)[0])):
+        for kind, pixels in (("images", frame.pixels.clip(20)), ("masks", np.uint8(255) * frame.lesions[0])):
+            (tmp_path / name / kind).mkdir(parents=True)
+            Image.fromarray(fit(pixels)).save(tmp_path / name / kind / "benign_1.png")
+    bare, barred = (read_set(tmp_path / name) for name in ("bare", "barred"))
+    assert barred.clean is not None and bare.clean is not None
+    for before, after in zip(
+        (bare.images, bare.valid, bare.overlays, bare.clean),
+        (barred.images, barred.valid, barred.overlays, barred.clean),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(after, before)
 
 
 def test_bars_that_a_square_file_brought_along_are_no_image(tmp_path: Path) -> None:

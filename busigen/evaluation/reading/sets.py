@@ -15,9 +15,8 @@ from scipy import ndimage
 
 from busigen.data.geometry import around
 from busigen.data.images import MARK_SHARE, refuse_fault
-from busigen.data.inpainting import without_overlays
-from busigen.data.letterbox import Letterbox, letterbox, letterbox_coverage, letterbox_mask
-from busigen.data.overlays import find_overlays, suspect_mask
+from busigen.data.inpainting import cleaned
+from busigen.data.letterbox import Letterbox, letterbox, letterbox_coverage, letterbox_mask, without_bars
 from busigen.data.prepared import INFO, Prepared, unfinished
 from busigen.data.sources.records import Refusal, counted
 from busigen.data.splits import near_duplicate_groups, thumbnail
@@ -48,9 +47,6 @@ TABLE = {
     LEVEL: pl.String(),
 }
 """Columns of ``ImageSet.table``, which says what they hold."""
-
-BAR_LEVEL, BAR_WIDTH = 6, 3
-"""Greatest grey level in a letterbox bar, and least width of one: anything thinner may be the image's own dark rim."""
 
 _ARRAYS = {"images": np.uint8, "masks": np.bool_, "valid": np.bool_, "overlays": np.bool_, "clean": np.uint8}
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -222,15 +218,15 @@ def _try_frame(item: Item) -> _Frame | BusigenError:
     except BusigenError as error:
         return error
     mask = letterbox_mask(lesions, box)
-    overlays = find_overlays(file.pixels)
-    painted = overlays.mask if file.coloured is None else overlays.mask | file.coloured
-    clean, _ = letterbox(without_overlays(file.pixels, suspect_mask(file.pixels, file.coloured, overlays.mask)))
+    overlays = cleaned(file.pixels, file.coloured)
+    valid = np.zeros_like(box.valid)
+    valid[without_bars(image) if box.width == box.height else box.slices] = True
     arrays = {
         "images": image,
         "masks": mask,
-        "valid": _valid(image, box),
-        "overlays": letterbox_coverage(painted, box) > 0,
-        "clean": clean,
+        "valid": valid,
+        "overlays": letterbox_coverage(overlays.painted, box) > 0,
+        "clean": letterbox(overlays.clean)[0],
     }
     row = {
         "id": item.id,
@@ -253,21 +249,6 @@ def _try_frame(item: Item) -> _Frame | BusigenError:
 
 def _text(value: object) -> str | None:
     return printable(value[:NAME_LIMIT]) if isinstance(value, str) else None
-
-
-def _valid(image: NDArray[np.uint8], box: Letterbox) -> NDArray[np.bool_]:
-    """Pixels that are image: without the bars added here, and without those that a square file brought along."""
-    valid = box.valid
-    if box.width != box.height:
-        return valid
-    for axis in (0, 1):
-        bright = np.flatnonzero(image.max(axis=1 - axis) > BAR_LEVEL)
-        before, after = (int(bright[0]), len(image) - 1 - int(bright[-1])) if bright.size else (0, 0)
-        # A letterbox is centred, a dark rim need not be.
-        if min(before, after) >= BAR_WIDTH and abs(before - after) <= 1:
-            np.moveaxis(valid, axis, 0)[[*range(before), *range(len(image) - after, len(image))]] = False
-            break
-    return valid
 
 
 def thumbnails(images: ImageSet) -> NDArray[np.float32]:
