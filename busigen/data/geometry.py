@@ -149,11 +149,7 @@ def patches_outside(edit: Mask, patch: int) -> Mask:
 
 
 def paste(
-    image: NDArray[np.uint8],
-    painted: NDArray[np.float32],
-    edit: Mask,
-    window: Window,
-    grain_fade: float = 0.0,
+    image: NDArray[np.uint8], painted: NDArray[np.float32], edit: Mask, window: Window, grain_fade: float = 0.0
 ) -> NDArray[np.uint8]:
     """Put a painted window into the image; pixels outside the edit region keep their bytes.
 
@@ -176,7 +172,7 @@ def paste(
 
 
 def overlap(grains: Any) -> Any:
-    """What new speckle's weights, ``grains``, and the old one's add up to above 1, where their squares add up to 1."""
+    """Sum of the weights of new speckle, ``grains``, and of old, less 1; their squares add up to 1. Of any shape."""
     return (1.0 - grains * grains) ** 0.5 + grains - 1.0
 
 

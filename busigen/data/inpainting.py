@@ -31,7 +31,7 @@ _FAR = 1e9
 
 
 class Cleaned(NamedTuple):
-    """An image's overlays: a line of text, two calipers, and ``(H, W)`` what shows them, may, and what was beneath."""
+    """Whether there is a line of text, and two calipers; ``(H, W)``: overlays, what may be one, the image without."""
 
     text: bool
     calipers: bool
@@ -44,13 +44,12 @@ def cleaned(pixels: NDArray[np.uint8], coloured: NDArray[np.bool_] | None = None
     """Look for overlays in native grey levels ``uint8 (H, W)`` and paint over them; ``coloured`` pixels are some."""
     # At a letterbox bar, tissue ends in an upright crisp line, as a stroke of a pen does.
     inside = without_bars(pixels)
-    part, clean = np.ascontiguousarray(pixels[inside]), pixels.copy()
-    known = None if coloured is None else np.ascontiguousarray(coloured[inside])
+    part, clean = pixels[inside], pixels.copy()
     found = find_overlays(part)
     painted = np.zeros(pixels.shape, dtype=np.bool_) if coloured is None else coloured.copy()
     suspects = painted.copy()
     painted[inside] |= found.mask
-    suspects[inside] |= suspect_mask(part, known, found.mask)
+    suspects[inside] |= suspect_mask(part, None if coloured is None else coloured[inside], found.mask)
     clean[inside] = without_overlays(part, suspects[inside])
     return Cleaned(found.text, found.calipers, painted, suspects, clean)
 

@@ -275,7 +275,7 @@ def image_facts(images: ImageSet, done: Callable[[], None]) -> Facts:
         if label == "normal":
             row["contradiction"] = float(marked)
         if valid.any():
-            grey, overlays = image[valid], find_overlays(np.ascontiguousarray(image[around(valid, 0)]))
+            grey, overlays = image[valid], find_overlays(image[around(valid, 0)])
             low, high = np.percentile(grey, [1, 99])
             row |= {
                 "aspect": float(valid.any(axis=0).sum() / valid.any(axis=1).sum()),
